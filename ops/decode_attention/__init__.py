@@ -1,0 +1,30 @@
+"""Grouped-query attention of one token per row over the row's spans."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdms.ops.decode_attention import schema as _schema  # noqa: F401  (defines the op)
+from fastdms.ops.span_cache import SpanCache, check, check_batch
+
+__all__ = ["decode_attention"]
+
+
+def decode_attention(
+    q: torch.Tensor, cache: SpanCache, *, positions: torch.Tensor, rows: torch.Tensor, sm_scale: float
+) -> torch.Tensor:
+    """``softmax(sm_scale * q k^T) v`` over every live token of each row's span; returns ``[B, Hq, D]`` in q's dtype.
+
+    q: ``[B, Hq, D]`` after RoPE. positions, rows: ``[B]`` int32; entries with position -1 (padding) and spans without
+    tokens give zeros. Reads exactly ``live_len`` slots of each span: whatever else the pages hold is never touched.
+    Raises ValueError on shapes or dtypes that don't fit.
+    """
+    check_batch(cache, q, positions, rows)
+    check(
+        positions.shape == rows.shape == q.shape[:1],
+        f"positions and rows must be [{q.shape[0]}], got {tuple(positions.shape)} and {tuple(rows.shape)}",
+    )
+    out: torch.Tensor = torch.ops.fastdms.decode_attention.default(
+        q, positions, rows, *cache[:4], cache.page_table, cache.live_len, sm_scale
+    )
+    return out

@@ -1,0 +1,58 @@
+"""Choose each row's next token from its logits, alone or under temperature, top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdms.ops.sample import schema as _schema  # noqa: F401  (defines the op)
+from fastdms.ops.span_cache import check
+
+__all__ = ["sample"]
+
+
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    banned_ids: torch.Tensor,
+    banned_until: torch.Tensor,
+) -> torch.Tensor:
+    """``[B]`` int64 token ids from ``logits [B, V]`` fp32; row b depends on row b's inputs alone.
+
+    temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores all below.
+    top_k: ``[B]`` int32, 0 off: keeps logits >= the k-th largest. top_p: ``[B]`` fp32: of what is left, keeps token i
+        iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32: keeps
+        p_i >= min_p * max p.
+        Equal logits are kept or dropped together, and the likeliest token always stays.
+    seeds: ``[B]`` int64 >= 0. positions: ``[B]`` int32, the position the token will have. The choice is
+        argmax(log p_i - log e_i) with exponential e_i from Philox4x32-10, keyed by the seed, at counter
+        (i, position, 0, 0), so a request repeats itself whatever runs beside it.
+    banned_ids: ``[B, K]`` int32, -1 unused: can't be chosen while ``positions < banned_until`` (``[B]`` int32).
+    Raises ValueError on shapes or dtypes that don't fit.
+    """
+    batch = logits.shape[0]
+    check(
+        logits.dim() == 2 and logits.dtype == torch.float32,
+        f"logits must be fp32 [B, V], got {logits.dtype} {tuple(logits.shape)}",
+    )
+    expected = {
+        torch.float32: (temperature, top_p, min_p),
+        torch.int32: (top_k, positions, banned_until),
+        torch.int64: (seeds,),
+    }
+    for dtype, tensors in expected.items():
+        for t in tensors:
+            check(
+                t.dtype == dtype and t.shape == (batch,) and t.is_contiguous(),
+                f"sampling tensors must be {dtype} [{batch}] here, got {t.dtype} {tuple(t.shape)}",
+            )
+    check(banned_ids.dtype == torch.int32 and banned_ids.shape[:1] == (batch,), "banned_ids must be int32 [B, K]")
+    out: torch.Tensor = torch.ops.fastdms.sample.default(
+        logits, temperature, top_k, top_p, min_p, seeds, positions, banned_ids, banned_until
+    )
+    return out

@@ -1,0 +1,148 @@
+"""Triton backend of sample: one program per row, several passes over its logits."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdms.ops.sample.reference import LARGEST_UNIFORM
+
+_LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def _mass_within(scratch_ptr, bits, limit, vocab, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Number (COUNT) or unnormalised probability of the tokens whose distance has at most ``bits`` and ``limit``."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, vocab, BLOCK):
+        o_v = first + tl.arange(0, BLOCK)
+        distance = tl.load(scratch_ptr + o_v, mask=o_v < vocab, other=float("inf"))
+        key = distance.to(tl.int32, bitcast=True)
+        weight = tl.exp(-distance)
+        if COUNT:
+            weight = tl.full([BLOCK], 1.0, tl.float32)
+        total += tl.where((key <= bits) & (key <= limit) & (o_v < vocab), weight, 0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _smallest_within(scratch_ptr, wanted, limit, vocab, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Smallest bit pattern whose tokens reach ``wanted``: non-negative floats are ordered as their bits are."""
+    low = limit * 0
+    high = limit
+    while low < high:
+        middle = low + (high - low) // 2
+        enough = _mass_within(scratch_ptr, middle, limit, vocab, COUNT, BLOCK) >= wanted
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return high
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    positions_ptr,
+    banned_ids_ptr,
+    banned_until_ptr,
+    scratch_ptr,
+    out_ptr,
+    stride_logits_row,
+    vocab,
+    num_banned,
+    BLOCK: tl.constexpr,
+):
+    """argmax_i log p_i - log e_i over the kept i; scratch holds the distances (max - x_i) / temperature."""
+    i_b = tl.program_id(0).to(tl.int64)
+    logits_ptr += i_b * stride_logits_row
+    scratch_ptr += i_b * vocab
+    o_block = tl.arange(0, BLOCK)
+    position = tl.load(positions_ptr + i_b)
+    temperature = tl.load(temperature_ptr + i_b)
+
+    for first in range(0, vocab, BLOCK):
+        m_v = first + o_block < vocab
+        tl.store(scratch_ptr + first + o_block, tl.load(logits_ptr + first + o_block, mask=m_v), mask=m_v)
+    tl.debug_barrier()  # the scratch is written and read by different threads of the program
+    if position < tl.load(banned_until_ptr + i_b):
+        for i in range(num_banned):
+            banned = tl.load(banned_ids_ptr + i_b * num_banned + i)
+            if banned >= 0:
+                tl.store(scratch_ptr + banned, float("-inf"))
+        tl.debug_barrier()
+
+    best = -float("inf")
+    token = 0
+    for first in range(0, vocab, BLOCK):
+        x = tl.load(scratch_ptr + first + o_block, mask=first + o_block < vocab, other=-float("inf"))
+        block_best, block_token = tl.max(x, 0, return_indices=True)
+        token = tl.where(block_best > best, first + block_token, token)
+        best = tl.maximum(best, block_best)
+
+    if temperature > 0.0:
+        for first in range(0, vocab, BLOCK):
+            m_v = first + o_block < vocab
+            x = tl.load(scratch_ptr + first + o_block, mask=m_v, other=0.0)
+            tl.store(scratch_ptr + first + o_block, tl.abs(tl.div_rn(x - best, temperature)), mask=m_v)
+        tl.debug_barrier()
+        limit = position * 0 + _INFINITY_BITS
+        top_k = tl.load(top_k_ptr + i_b)
+        if (top_k > 0) & (top_k < vocab):
+            limit = _smallest_within(scratch_ptr, top_k.to(tl.float32), limit, vocab, True, BLOCK)
+        top_p = tl.load(top_p_ptr + i_b)
+        if top_p < 1.0:
+            total = _mass_within(scratch_ptr, limit, limit, vocab, False, BLOCK)
+            limit = _smallest_within(scratch_ptr, top_p * total, limit, vocab, False, BLOCK)
+        min_p = tl.load(min_p_ptr + i_b)
+        seed = tl.load(seeds_ptr + i_b)
+
+        best = -float("inf")
+        token = 0
+        for first in range(0, vocab, BLOCK):
+            o_v = first + o_block
+            distance = tl.load(scratch_ptr + o_v, mask=o_v < vocab, other=float("inf"))
+            zero = o_v * 0
+            bits, _, _, _ = tl.philox(seed, o_v, zero + position, zero, zero)
+            u = bits.to(tl.uint32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+            u = tl.minimum(u, _LARGEST_UNIFORM)
+            series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
+            noise = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
+            keep = (distance.to(tl.int32, bitcast=True) <= limit) & (tl.exp(-distance) >= min_p) & (o_v < vocab)
+            score = tl.where(keep, -distance - tl.log(noise), -float("inf"))
+            block_best, block_token = tl.max(score, 0, return_indices=True)
+            token = tl.where(block_best > best, first + block_token, token)
+            best = tl.maximum(best, block_best)
+    tl.store(out_ptr + i_b, token.to(tl.int64))
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    banned_ids: torch.Tensor,
+    banned_until: torch.Tensor,
+) -> torch.Tensor:
+    batch, vocab = logits.shape
+    out = logits.new_empty(batch, dtype=torch.int64)
+    if batch == 0:
+        return out
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    scratch = torch.empty((batch, vocab), dtype=torch.float32, device=logits.device)
+    _sample_kernel[(batch,)](
+        logits, temperature, top_k, top_p, min_p, seeds, positions, banned_ids.contiguous(), banned_until,
+        scratch, out, logits.stride(0), vocab, banned_ids.shape[1],
+        BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=8,
+    )  # fmt: skip
+    return out

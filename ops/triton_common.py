@@ -1,0 +1,116 @@
+"""Device functions that several kernels share. Imported only by kernel modules."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastdms.ops.quantise import FP8_MAX, SMALLEST_SCALE
+from fastdms.ops.rope_decide import ZERO_MODES
+
+ZERO_BOTH = tl.constexpr(ZERO_MODES.index("pre_and_post_rope"))
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+
+
+@triton.jit
+def load_halves(x_ptr, weight_ptr, eps, o_half, m_half, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
+    """One head as its two halves in fp32, ``[BLOCK_HALF]`` each, RMS-normalised where there is a weight."""
+    first = tl.load(x_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        mean_square = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / (2 * HALF)
+        inverse = 1.0 / tl.sqrt_rn(mean_square + eps)
+        first = first * inverse * tl.load(weight_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
+        second = second * inverse * tl.load(weight_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def store_token(
+    first, second, pages_ptr, scales_ptr, slot, o_half, m_half, HALF: tl.constexpr, HAS_SCALES: tl.constexpr
+):
+    """Quantise one head, given as fp32 halves, into ``slot`` (int64, page * S + slot in page)."""
+    if HAS_SCALES:
+        largest = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
+        scale = tl.maximum(tl.div_rn(largest, _FP8_MAX), _SMALLEST_SCALE).to(tl.bfloat16)
+        tl.store(scales_ptr + slot, scale)
+        divisor = scale.to(tl.float32)
+        first = tl.clamp(tl.div_rn(first, divisor), -_FP8_MAX, _FP8_MAX)
+        second = tl.clamp(tl.div_rn(second, divisor), -_FP8_MAX, _FP8_MAX)
+    at = pages_ptr + slot * (2 * HALF)
+    tl.store(at + o_half, first.to(pages_ptr.dtype.element_ty), mask=m_half)
+    tl.store(at + HALF + o_half, second.to(pages_ptr.dtype.element_ty), mask=m_half)
+
+
+@triton.jit
+def rotate_query(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HALF: tl.constexpr, ZERO: tl.constexpr):
+    """RoPE of one query head and its store; ``borrowed``: this head's last channel is the decision's."""
+    last = o_half == HALF - 1
+    if ZERO > 0 and borrowed:
+        second = tl.where(last, 0.0, second)
+    out_second = second * cos + first * sin
+    if ZERO == ZERO_BOTH and borrowed:
+        out_second = tl.where(last, 0.0, out_second)
+    tl.store(out_ptr + o_half, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=m_half)
+    tl.store(out_ptr + HALF + o_half, out_second.to(out_ptr.dtype.element_ty), mask=m_half)
+
+
+@triton.jit
+def pop_pages(num_free_ptr, count):
+    """Take ``count`` pages off the stack: their first index in ``free_pages``, or -1 if there are too few.
+
+    Compare-and-swap, so that a failed pop never takes pages away from another, even for a moment.
+    """
+    free = tl.load(num_free_ptr, volatile=True)
+    start = free * 0 - 1
+    while free >= count:
+        seen = tl.atomic_cas(num_free_ptr, free, free - count)
+        start = tl.where(seen == free, free - count, start)
+        free = tl.where(seen == free, -1, seen)
+    return start
+
+
+def element_strides(*tensors: torch.Tensor) -> list[int]:
+    """(token, head) strides of ``[T, H, D]`` tensors, in order."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def dot_dtype(compute: torch.dtype, stored: torch.dtype) -> tl.dtype:
+    """What the matrix units multiply in: fp32 where queries or pages are fp32, else the queries' 16-bit type."""
+    if torch.float32 in (compute, stored):
+        return tl.float32
+    return tl.bfloat16 if compute == torch.bfloat16 else tl.float16
+
+
+@triton.jit
+def find_chunk(block, chunk_indptr_ptr, num_chunks, B: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which row's chunk the ``block``-th block of BLOCK_M tokens lies in: ``(chunk, its block, begin, end)``.
+
+    Chunk ``num_chunks`` means that the block is past the last one.
+    """
+    o_b = tl.arange(0, B)
+    m_b = o_b < num_chunks
+    begins = tl.load(chunk_indptr_ptr + o_b, mask=m_b, other=0)
+    ends = tl.load(chunk_indptr_ptr + o_b + 1, mask=m_b, other=0)
+    blocks = tl.cdiv(ends - begins, BLOCK_M)
+    cumulative = tl.cumsum(blocks, 0)
+    chunk = tl.sum((m_b & (cumulative <= block)).to(tl.int32), 0)
+    own = o_b == chunk
+    before = tl.sum(tl.where(own, cumulative - blocks, 0), 0)
+    return chunk, block - before, tl.sum(tl.where(own, begins, 0), 0), tl.sum(tl.where(own, ends, 0), 0)
+
+
+@triton.jit
+def flash_step(b_q, b_k, b_v, visible, b_max, b_sum, b_acc, scale_log2, DOT: tl.constexpr):
+    """One tile of the online softmax: q ``[R, D]``, k ``[D, N]``, v ``[N, D]``, visible ``[R, N]``."""
+    b_x = tl.dot(b_q, b_k.to(tl.float32).to(DOT), input_precision="ieee") * scale_log2
+    b_x = tl.where(visible, b_x, -1.0e30)
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_old = tl.exp2(b_max - b_new)
+    b_w = tl.where(visible, tl.exp2(b_x - b_new[:, None]), 0.0)
+    b_sum = b_sum * b_old + tl.sum(b_w, 1)
+    b_acc = b_acc * b_old[:, None] + tl.dot(b_w.to(DOT), b_v.to(tl.float32).to(DOT), input_precision="ieee")
+    return b_new, b_sum, b_acc
