@@ -1,0 +1,88 @@
+"""The static tensors that a decode step reads: one set, of which a bucket uses the first entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["MAX_BANNED", "RowInput", "StepBuffers", "make_buffers"]
+
+MAX_BANNED = 32
+
+
+class RowInput(NamedTuple):
+    """What one row asks of a step. ``position``: of ``token``; the sampled token will stand one further on."""
+
+    row: int
+    token: int
+    position: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    banned_ids: tuple[int, ...] = ()
+    banned_until: int = 0
+
+
+class StepBuffers(NamedTuple):
+    """``[B]`` each, but ``banned_ids [B, MAX_BANNED]``; dtypes as ``ops.sample`` and the decoder take them."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seeds: torch.Tensor
+    banned_ids: torch.Tensor
+    banned_until: torch.Tensor
+
+    def first(self, num_entries: int) -> StepBuffers:
+        """Views of the first ``num_entries`` entries."""
+        return StepBuffers(*(tensor[:num_entries] for tensor in self))
+
+    def fill(self, inputs: Sequence[RowInput]) -> None:
+        """Write ``inputs`` and mark the entries after them as padding (position -1)."""
+        padding = [RowInput(row=0, token=0, position=-1)] * (self.tokens.shape[0] - len(inputs))
+        entries = [*inputs, *padding]
+        banned = [[*entry.banned_ids, *[-1] * (MAX_BANNED - len(entry.banned_ids))] for entry in entries]
+        columns = (
+            [entry.token for entry in entries],
+            [entry.position for entry in entries],
+            [entry.row for entry in entries],
+            [entry.temperature for entry in entries],
+            [entry.top_k for entry in entries],
+            [entry.top_p for entry in entries],
+            [entry.min_p for entry in entries],
+            [entry.seed for entry in entries],
+            banned,
+            [entry.banned_until for entry in entries],
+        )
+        for tensor, column in zip(self, columns, strict=True):
+            tensor.copy_(torch.tensor(column, dtype=tensor.dtype), non_blocking=True)
+
+
+def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:
+    """Buffers of ``num_entries`` padding entries."""
+
+    def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros((num_entries, *shape), dtype=dtype, device=device)
+
+    buffers = StepBuffers(
+        tokens=zeros(torch.int64),
+        positions=zeros(torch.int32),
+        rows=zeros(torch.int32),
+        temperature=zeros(torch.float32),
+        top_k=zeros(torch.int32),
+        top_p=zeros(torch.float32),
+        min_p=zeros(torch.float32),
+        seeds=zeros(torch.int64),
+        banned_ids=zeros(torch.int32, MAX_BANNED),
+        banned_until=zeros(torch.int32),
+    )
+    buffers.fill([])
+    return buffers
