@@ -1,0 +1,84 @@
+"""Finds the command and turns what goes wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fastdms import __version__
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "generate": "continue a text, or answer one message",
+    "chat": "talk with a model",
+    "inspect": "show a model's shape, its DMS layout and its KV memory per token",
+}
+# The name on the command line, the module whose main(argv) it runs, and what it does.
+TOOLS = {
+    "bench": ("fastdms.tools.bench", "measure tokens per second and KV bytes on random weights"),
+    "demo": ("fastdms.tools.demo", "answer a question with the default model and show its KV memory"),
+    "kv-error": ("fastdms.tools.kv_error", "measure how far each KV dtype moves a model's logits"),
+}
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input, 130 when interrupted, 141 when nobody reads on."""
+    # A character that the terminal can't show is no reason to stop.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        print(f"fastdms: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except SystemExit as done:
+        if isinstance(done.code, str):
+            print(done.code, file=sys.stderr)
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name in ("-h", "--help", ""):
+        print(_help())
+        return 0 if name else EXIT_BAD_INPUT
+    if name == "--version":
+        print(f"fastdms {__version__}")
+        return 0
+    if name in COMMANDS:
+        run: Any = importlib.import_module(f"fastdms.cli.{name}").run
+    elif name in TOOLS:
+        run = importlib.import_module(TOOLS[name][0]).main
+    else:
+        raise ValueError(f"there is no command {name!r}; there are {', '.join([*COMMANDS, *TOOLS])}")
+    return int(run(rest) or 0)
+
+
+def _help() -> str:
+    lines = ["usage: fastdms COMMAND [options]", "", "Language models with a learned-sparse KV cache.", ""]
+    for name, text in [*COMMANDS.items(), *((name, tool[1]) for name, tool in TOOLS.items())]:
+        lines.append(f"  {name:<10} {text}")
+    return "\n".join([*lines, "", "fastdms COMMAND --help tells more; --version shows the version."])
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more when it exits, which would complain again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,211 @@
+"""The one decoder definition: Llama, Mistral, Qwen2 and Qwen3, told apart by their config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastdms.cache import CompactCache
+from fastdms.config import DMSConfig, ModelConfig
+from fastdms.ops import (
+    SpanCache,
+    decision_constants,
+    decode_append,
+    decode_attention,
+    dense_attention,
+    prefill_append,
+    prefill_attention,
+    prefill_rope,
+)
+from fastdms.rope import rope_tables
+
+__all__ = ["Chunk", "Decoder", "DecoderLayer", "DenseHistory"]
+
+_NEVER_EVICT = (1.0, float("inf"))
+
+
+class Chunk:
+    """Device tensors of a ragged prefill chunk; ``history`` is set for a dense prefill, of one row at a time."""
+
+    __slots__ = ("chunk_indptr", "history", "outputs", "positions", "rows", "tokens")
+
+    def __init__(
+        self,
+        *,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        chunk_indptr: torch.Tensor,
+        outputs: torch.Tensor,
+        history: DenseHistory | None = None,
+    ) -> None:
+        self.tokens = tokens  # [T] int64
+        self.positions = positions  # [T] int32
+        self.rows = rows  # [B] int32
+        self.chunk_indptr = chunk_indptr  # [B + 1] int32
+        self.outputs = outputs  # [n] int64: tokens whose logits are wanted
+        self.history = history
+
+
+class DenseHistory:
+    """Keys and values of one prompt, whole, while it is prefilled densely: two ``[L, N, Hkv, D]`` tensors."""
+
+    def __init__(self, config: ModelConfig, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, num_tokens, config.num_kv_heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty_like(self.k)
+
+
+def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device)
+    return linear
+
+
+class DecoderLayer(nn.Module):
+    """One transformer block with fused qkv and gate_up projections, over one layer of the compact cache."""
+
+    def __init__(self, config: ModelConfig, dms: DMSConfig | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        c = config
+        self.num_heads, self.num_kv_heads, self.head_dim, self.eps = (
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            c.rms_norm_eps,
+        )
+        self.shift = dms.shift if dms else 0
+        self.zero_borrowed = dms.zero_borrowed if dms and dms.source == "borrowed_q" else "none"
+        self.decision = decision_constants(dms.alpha_scale, dms.alpha_offset) if dms else _NEVER_EVICT
+
+        def vector(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+            return _linear(inputs, outputs, bias, dtype, device)
+
+        self.input_norm, self.post_norm = vector(c.hidden_size), vector(c.hidden_size)
+        self.qkv = linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
+        self.q_norm = vector(c.head_dim) if c.qk_norm else None
+        self.k_norm = vector(c.head_dim) if c.qk_norm else None
+        self.o = linear(c.num_heads * c.head_dim, c.hidden_size, c.o_bias)
+        self.gate_up = linear(c.hidden_size, 2 * c.intermediate_size, c.mlp_bias)
+        self.down = linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        adapter = dms is not None and dms.source == "adapter"
+        self.alpha_norm = vector(c.hidden_size) if adapter else None
+        self.alpha = linear(c.hidden_size, c.num_kv_heads, False) if adapter else None
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        cache: SpanCache,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """One token per row: ``x [B, hidden]`` -> ``[B, hidden]``; the cache is mutated."""
+        q, k, v, alpha = self._project(x)
+        q = decode_append(
+            q, k, v, cache, positions=positions, rows=rows, cos=cos, sin=sin, decision=self.decision, shift=self.shift,
+            zero_borrowed=self.zero_borrowed, alpha=alpha, q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.eps,
+        )  # fmt: skip
+        attended = decode_attention(q, cache, positions=positions, rows=rows, sm_scale=self.head_dim**-0.5)
+        return self._finish(x, attended)
+
+    def prefill(
+        self,
+        x: torch.Tensor,
+        cache: SpanCache,
+        chunk: Chunk,
+        history: tuple[torch.Tensor, torch.Tensor] | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """A ragged chunk: ``x [T, hidden]`` -> ``[T, hidden]``; the cache, and a dense history, are mutated."""
+        q, k, v, alpha = self._project(x)
+        q, k, decisions = prefill_rope(
+            q, k, positions=chunk.positions, cos=cos, sin=sin, decision=self.decision, zero_borrowed=self.zero_borrowed,
+            alpha=alpha, q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.eps,
+        )  # fmt: skip
+        ragged = {"positions": chunk.positions, "rows": chunk.rows, "chunk_indptr": chunk.chunk_indptr}
+        scale = self.head_dim**-0.5
+        if history is None:
+            attended = prefill_attention(q, k, v, decisions, cache, **ragged, shift=self.shift, sm_scale=scale)
+        else:
+            attended = dense_attention(
+                q, k, v, positions=chunk.positions, k_history=history[0], v_history=history[1], sm_scale=scale
+            )
+        prefill_append(k, v, decisions, cache, **ragged, shift=self.shift)
+        return self._finish(x, attended)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps))
+        heads = qkv.view(x.shape[0], -1, self.head_dim)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        if self.alpha is None:
+            return q, k, v, None
+        # The adapter sees the residual stream itself, through a norm of its own.
+        return q, k, v, self.alpha(F.rms_norm(x, x.shape[-1:], self.alpha_norm, self.eps))
+
+    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = x + self.o(attended.flatten(1))
+        gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps)).chunk(2, -1)
+        out: torch.Tensor = x + self.down(F.silu(gate) * up)
+        return out
+
+
+class Decoder(nn.Module):
+    """Token ids in, fp32 logits out, over a compact cache. ``num_positions`` bounds the RoPE tables."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dms: DMSConfig | None,
+        *,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config, self.dms = config, dms
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.embed = nn.Parameter(torch.empty(vocabulary, dtype=dtype, device=device), requires_grad=False)
+        self.layers = nn.ModuleList(DecoderLayer(config, dms, dtype, device) for _ in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device), requires_grad=False)
+        self.lm_head = self.embed
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(vocabulary, dtype=dtype, device=device), requires_grad=False)
+        cos, sin = rope_tables(config, num_positions)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def decode(
+        self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, cache: CompactCache
+    ) -> torch.Tensor:
+        """Logits ``[B, V]`` fp32 after one more token per row: tokens ``[B]`` int64, positions, rows ``[B]`` int32."""
+        x = F.embedding(tokens, self.embed)
+        for index, layer in enumerate(self._layers()):
+            x = layer.decode(x, cache.layer(index), positions, rows, self.cos, self.sin)
+        return self._logits(x)
+
+    def prefill(self, chunk: Chunk, cache: CompactCache) -> torch.Tensor:
+        """Logits ``[n, V]`` fp32 of the chunk's wanted tokens."""
+        x = F.embedding(chunk.tokens, self.embed)
+        for index, layer in enumerate(self._layers()):
+            history = (chunk.history.k[index], chunk.history.v[index]) if chunk.history else None
+            x = layer.prefill(x, cache.layer(index), chunk, history, self.cos, self.sin)
+        return self._logits(x[chunk.outputs])
+
+    def _layers(self) -> Iterable[DecoderLayer]:
+        return cast(Iterable[DecoderLayer], self.layers)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
+        return F.linear(x, self.lm_head).float()

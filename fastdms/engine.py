@@ -1,0 +1,203 @@
+"""Continuous batching: requests take rows of the cache, prefill in chunks between decode steps, and leave."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+
+import torch
+
+from fastdms.request import Request
+from fastdms.runner import ModelRunner, PrefillPiece
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Admits, prefills, decodes, preempts and finishes requests; one ``step`` at a time, by whoever waits for one.
+
+    Admission counts pages that a prompt is expected to keep, with one page per span in reserve for every row that
+    runs; a request that finds nothing running is always let in. A row that finds no page is released, and its
+    request waits to be recomputed; its tokens come out the same, since they hang on seed and position. So does every
+    row when a step is broken off by an exception, for its spans may be half written.
+    """
+
+    def __init__(self, runner: ModelRunner, *, prefill_chunk: int) -> None:
+        self.runner = runner
+        self.cache = runner.cache
+        self._prefill_chunk = prefill_chunk
+        self._dense = runner.decoder.dms is not None and runner.decoder.dms.prefill == "dense"
+        self._taken_rows: set[int] = set()
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._live_share = 1.0  # of tokens past the window, as last measured
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that hold a row."""
+        return list(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request, in order of arrival."""
+        insort(self._waiting, request, key=lambda waiting: waiting.arrival)
+
+    def cancel(self, request: Request) -> None:
+        """Forget an unfinished request and free its pages; a finished or unknown one is left alone."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._running:
+            self._leave(request)
+
+    def take_rows(self, count: int) -> list[int]:
+        """Free rows for direct use of the runner, until ``return_rows``; ValueError if too few are free."""
+        free = self._free_rows()
+        if count > len(free):
+            raise ValueError(
+                f"{count} rows are needed, {len(free)} of {self.cache.config.num_rows} are free; "
+                f"finish other requests first, or give compile a larger max_concurrency"
+            )
+        self._taken_rows.update(free[:count])
+        return free[:count]
+
+    def return_rows(self, rows: list[int]) -> None:
+        """Release rows that ``take_rows`` gave."""
+        self.runner.release(rows)
+        self._taken_rows.difference_update(rows)
+
+    def step(self) -> None:
+        """Admit what fits, run at most one prefill chunk, then one decode step for every row that is ready."""
+        try:
+            self._step()
+        except BaseException:
+            for request in list(self._running):
+                self._leave(request)
+                if not request.finished and request not in self._waiting:
+                    self.add(request)
+            raise
+
+    def _step(self) -> None:
+        self._admit()
+        prefilling = [request for request in self._running if not request.prefilled]
+        if prefilling:
+            self._prefill(prefilling)
+        decoding = [request for request in self._running if request.prefilled and request.output_ids]
+        if decoding:
+            self._decode(decoding)
+
+    def _free_rows(self) -> list[int]:
+        used = self._taken_rows | {request.row for request in self._running}
+        return [row for row in range(self.cache.config.num_rows) if row not in used]
+
+    def _admit(self) -> None:
+        while self._waiting and (free := self._free_rows()):
+            request = self._waiting[0]
+            request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
+            if self._running and request.expected_pages > self._pages_to_spare():
+                return
+            if self._dense:
+                request.history = self.runner.new_history(len(request.prompt_ids))
+            request.row, request.computed = free[0], 0
+            self._running.append(request)
+            self._waiting.pop(0)
+
+    def _pages_for(self, num_tokens: int) -> int:
+        config = self.cache.config
+        recent = min(num_tokens, config.window_tokens + 1)
+        kept = recent + self._live_share * (num_tokens - recent)
+        return config.num_spans * -(-int(kept + 1) // config.page_size)
+
+    def _pages_to_spare(self) -> int:
+        """Free pages, less what prompts under way will still take and one page per span of each row, newcomer's too."""
+        spare = int(self.cache.num_free) - self.cache.config.num_spans * (len(self._running) + 1)
+        for request in self._running:
+            if not request.prefilled:
+                spare -= max(0, request.expected_pages - self._pages_of(request))
+        return spare
+
+    def _pages_of(self, request: Request) -> int:
+        live = self.cache.usage(_row(request), 0).live_tokens
+        return int((-(-live // self.cache.config.page_size)).sum())
+
+    def _prefill(self, requests: Sequence[Request]) -> None:
+        chunk: list[Request] = []
+        pieces: list[PrefillPiece] = []
+        room = self._prefill_chunk
+        for request in requests:
+            end = min(len(request.to_compute), request.computed + room)
+            history = request.history
+            if history is not None:  # a dense chunk stands alone and ends with the prompt
+                end = min(end, len(request.prompt_ids))
+            ids = request.to_compute[request.computed : end]
+            if not ids or (pieces and (history is not None or pieces[0].history is not None)):
+                break
+            pieces.append(PrefillPiece(row=_row(request), token_ids=ids, start=request.computed, history=history))
+            chunk.append(request)
+            room -= len(ids)
+        logits = self.runner.prefill(pieces)
+        starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
+        ready: list[tuple[Request, torch.Tensor]] = []
+        for index, (request, piece) in enumerate(zip(chunk, pieces, strict=True)):
+            if request.row in starved:
+                self._starve(request, alone)
+                continue
+            request.computed += len(piece.token_ids)
+            if request.computed >= len(request.prompt_ids):
+                request.history = None
+            if request.prefilled and not request.output_ids:
+                ready.append((request, logits[index]))
+        if ready:
+            rows = torch.stack([row for _, row in ready])
+            tokens = self.runner.sample(rows, [request.row_input() for request, _ in ready])
+            self._accept([request for request, _ in ready], tokens, rows)
+
+    def _decode(self, requests: Sequence[Request]) -> None:
+        tokens, logits = self.runner.decode([request.row_input() for request in requests])
+        starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
+        for request in requests:
+            if request.row in starved:
+                self._starve(request, alone)
+            else:
+                request.computed += 1
+        kept = [index for index, request in enumerate(requests) if request.row is not None]
+        self._accept([requests[index] for index in kept], tokens[kept], logits[kept])
+
+    def _accept(self, requests: Sequence[Request], tokens: torch.Tensor, logits: torch.Tensor) -> None:
+        for request, token, row in zip(requests, tokens.tolist(), logits, strict=True):
+            request.accept(token, row)
+            if request.finished:
+                self._leave(request)
+
+    def _starve(self, request: Request, alone: bool) -> None:
+        """No page was left for this row: wait for others to finish, or end if there are none."""
+        # Growing each time, so that requests which starve each other are let in together only so often.
+        held = self._pages_of(request)
+        request.expected_pages = max(request.expected_pages, held) + self.cache.config.num_spans
+        self._leave(request)
+        if not alone:
+            self.add(request)
+        elif request.output_ids:
+            request.finish("kv_full")
+        else:
+            request.error = ValueError(
+                f"kv_memory is too small: a prompt of {len(request.prompt_ids)} tokens did not fit into "
+                f"{self.cache.config.num_pages} pages ({self.cache.geometry.bytes_pool:,} bytes); give more kv_memory"
+            )
+
+    def _leave(self, request: Request) -> None:
+        row = _row(request)
+        request.usage = self.cache.usage(row, request.computed)
+        self._learn(request)
+        self.runner.release([row])
+        self._running.remove(request)
+        request.row, request.history, request.computed = None, None, 0
+
+    def _learn(self, request: Request) -> None:
+        usage, window = request.usage, self.cache.config.window_tokens + 1
+        if usage is not None and usage.num_tokens > 2 * window:
+            kept = float(usage.live_tokens.mean()) - window
+            self._live_share = min(1.0, max(0.0, kept / (usage.num_tokens - window)))
+
+
+def _row(request: Request) -> int:
+    assert request.row is not None, "the request holds no row"
+    return request.row

@@ -1,0 +1,113 @@
+"""The model on its device: prefill chunks and decode steps over the compact cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from fastdms.cache import CompactCache
+from fastdms.decoder import Chunk, Decoder, DenseHistory
+from fastdms.graphs import GraphCache, RowInput, StepBuffers, StepOutput, decode_buckets, make_buffers
+from fastdms.ops import sample
+
+__all__ = ["ModelRunner", "PrefillPiece", "inference"]
+
+
+@contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """What the model runs under whatever its caller has set: no autograd, no autocast, on the model's own device.
+
+    Inference mode is off too: state made in it could not be written outside of it, and the compiler guards on it.
+    """
+    placed = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), placed:
+        yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPiece:
+    """The next tokens of one row's prompt. ``start``: position of the first. ``history``: for a dense prefill."""
+
+    row: int
+    token_ids: Sequence[int]
+    start: int
+    history: DenseHistory | None = None
+
+
+class ModelRunner:
+    """Owns the decoder, its cache and the graph cache of its decode step."""
+
+    def __init__(self, decoder: Decoder, cache: CompactCache, *, mode: str, max_concurrency: int) -> None:
+        self.decoder, self.cache = decoder, cache
+        self.device = decoder.embed.device
+
+        def step(inputs: StepBuffers) -> StepOutput:
+            logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
+            return _sample(logits, inputs), logits
+
+        with inference(self.device):
+            self.graphs = GraphCache(step, mode=mode, buckets=decode_buckets(max_concurrency), device=self.device)
+            self.graphs.warm_up()
+
+    def prefill(self, pieces: Sequence[PrefillPiece]) -> torch.Tensor:
+        """Run one ragged chunk; logits ``[len(pieces), V]`` fp32 after each piece's last token.
+
+        A piece with a dense history must be the only one.
+        """
+        indptr = [0]
+        for piece in pieces:
+            indptr.append(indptr[-1] + len(piece.token_ids))
+        tokens = [token for piece in pieces for token in piece.token_ids]
+        positions = [piece.start + i for piece in pieces for i in range(len(piece.token_ids))]
+        chunk = Chunk(
+            tokens=self._tensor(tokens, torch.int64),
+            positions=self._tensor(positions, torch.int32),
+            rows=self._tensor([piece.row for piece in pieces], torch.int32),
+            chunk_indptr=self._tensor(indptr, torch.int32),
+            outputs=self._tensor([end - 1 for end in indptr[1:]], torch.int64),
+            history=pieces[0].history,
+        )
+        with inference(self.device):
+            return self.decoder.prefill(chunk, self.cache)
+
+    def decode(self, inputs: Sequence[RowInput]) -> StepOutput:
+        """One token for each of ``inputs``: sampled next tokens ``[n]`` and logits ``[n, V]``, valid until the next."""
+        with inference(self.device):
+            return self.graphs.run(inputs)
+
+    def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
+        """Next tokens ``[n]`` int64 from logits ``[n, V]`` that a prefill gave."""
+        with inference(self.device):
+            buffers = make_buffers(len(inputs), self.device)
+            buffers.fill(inputs)
+            return _sample(logits, buffers)
+
+    def release(self, rows: list[int]) -> None:
+        """Give the pages of ``rows`` back."""
+        with inference(self.device):
+            self.cache.release(rows)
+
+    def new_history(self, num_tokens: int) -> DenseHistory:
+        """Room for the keys and values of a prompt of ``num_tokens`` tokens, whole."""
+        with inference(self.device):
+            return DenseHistory(self.decoder.config, num_tokens, self.decoder.embed.dtype, self.device)
+
+    def _tensor(self, values: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def _sample(logits: torch.Tensor, inputs: StepBuffers) -> torch.Tensor:
+    return sample(
+        logits,
+        temperature=inputs.temperature,
+        top_k=inputs.top_k,
+        top_p=inputs.top_p,
+        min_p=inputs.min_p,
+        seeds=inputs.seeds,
+        positions=inputs.positions + 1,
+        banned_ids=inputs.banned_ids,
+        banned_until=inputs.banned_until,
+    )

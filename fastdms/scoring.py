@@ -1,0 +1,56 @@
+"""Teacher-forced logits: the prompt through prefill, the rest token by token through the decode path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastdms.decoder import DenseHistory
+from fastdms.graphs import RowInput
+from fastdms.runner import ModelRunner, PrefillPiece
+
+__all__ = ["score"]
+
+
+def score(
+    runner: ModelRunner, rows: Sequence[int], sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], chunk: int
+) -> list[torch.Tensor]:
+    """fp32 logits ``[len - prompt_len + 1, V]`` of each sequence, on the CPU; ``rows`` must be empty and are left full.
+
+    All prompts share ragged chunks of at most ``chunk`` tokens, all remainders share decode steps.
+    Raises ValueError when the cache has no page left.
+    """
+    out: list[list[torch.Tensor]] = [[] for _ in sequences]
+    dense = runner.decoder.dms is not None and runner.decoder.dms.prefill == "dense"
+    histories: dict[int, DenseHistory] = {i: runner.new_history(n) for i, n in enumerate(prompt_lens)} if dense else {}
+    done = [0] * len(sequences)
+    while pending := [i for i, length in enumerate(prompt_lens) if done[i] < length]:
+        pieces, taken, room = [], [], chunk
+        for i in pending[:1] if dense else pending:
+            ids = sequences[i][done[i] : min(prompt_lens[i], done[i] + room)]
+            if ids:
+                pieces.append(PrefillPiece(row=rows[i], token_ids=ids, start=done[i], history=histories.get(i)))
+                taken.append(i)
+                room -= len(ids)
+        logits = runner.prefill(pieces).cpu()
+        _check_pages(runner)
+        for i, piece, row in zip(taken, pieces, logits, strict=True):
+            done[i] += len(piece.token_ids)
+            if done[i] == prompt_lens[i]:
+                out[i].append(row)
+    while live := [i for i, ids in enumerate(sequences) if done[i] < len(ids)]:
+        inputs = [RowInput(row=rows[i], token=sequences[i][done[i]], position=done[i]) for i in live]
+        logits = runner.decode(inputs)[1].cpu()
+        _check_pages(runner)
+        for i, row in zip(live, logits, strict=True):
+            out[i].append(row)
+            done[i] += 1
+    return [torch.stack(steps) for steps in out]
+
+
+def _check_pages(runner: ModelRunner) -> None:
+    if runner.cache.starved_rows():
+        raise ValueError(
+            f"kv_memory is too small for the sequences to score: all {runner.cache.config.num_pages} pages are taken"
+        )

@@ -1,0 +1,83 @@
+"""``fastdms kv-error``: what a KV dtype costs, as the KL divergence of the next-token distribution from fp32 pages.
+
+``fp8, no scale`` stores plain e4m3, to show what the scale per token and head is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one line per KV dtype: mean and largest KL divergence (nats/token) and the share of equal greedy tokens."""
+    parser = argparse.ArgumentParser(prog="fastdms kv-error", description=__doc__)
+    parser.add_argument("model", nargs="?", help="folder, hub id or GGUF file; none: the default model")
+    parser.add_argument("--text", required=True, help="a text file; its beginning is scored")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--decode-tokens", type=int, default=128)
+    args = parser.parse_args(argv)
+    try:
+        _report(args)
+    except (ValueError, OSError) as error:
+        print(f"fastdms kv-error: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    import torch
+
+    import fastdms
+    from fastdms.tokenizer import encode_prompt
+
+    text = Path(args.text).read_text(encoding="utf-8")
+    source = args.model or fastdms.default_model()
+    total = args.prompt_tokens + args.decode_tokens
+    logprobs: dict[str, Any] = {}
+    for name, kv_dtype, patch in (
+        ("fp32", "fp32", nullcontext()),
+        ("bf16", "bf16", nullcontext()),
+        ("fp8", "fp8", nullcontext()),
+        ("fp8, no scale", "fp8", _no_scale()),
+    ):
+        with (
+            patch,
+            fastdms.compile(source, device="cpu", kv_dtype=kv_dtype, max_concurrency=1, max_context=total) as model,
+        ):
+            ids = encode_prompt(model.tokenizer, text[: 16 * total])[:total]  # type: ignore[arg-type]
+            if len(ids) < total:
+                raise ValueError(f"{args.text} has {len(ids)} tokens; {total} are needed")
+            logprobs[name] = model.score(ids, args.prompt_tokens).log_softmax(-1)
+    exact = logprobs["fp32"]
+    print(f"{total} tokens, of which {args.prompt_tokens} prefilled; KL(fp32 pages || dtype) in nats/token")
+    for name, other in logprobs.items():
+        divergence = (exact.exp() * (exact - other)).sum(-1)
+        match = (exact.argmax(-1) == other.argmax(-1)).float().mean()
+        print(f"{name:<14} mean {divergence.mean():.6f}  max {divergence.max():.6f}  greedy match {match:.1%}")
+    assert torch.isfinite(exact).all()
+
+
+@contextmanager
+def _no_scale() -> Iterator[None]:
+    import torch
+
+    from fastdms.ops import quantise
+
+    def plain(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        clamped = x.clamp(-quantise.FP8_MAX, quantise.FP8_MAX).to(dtype)
+        return clamped, torch.ones(x.shape[:-1], dtype=torch.bfloat16)
+
+    with mock.patch.object(quantise, "quantise", plain):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
