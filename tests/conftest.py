@@ -1,0 +1,49 @@
+"""What holds for every test: poisoned uninitialised memory, fixed seeds, two threads, no GPU test without a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+from tests.poison import poisoned_empty
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is defined, so it has to be set before anything imports one.
+    assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could ask for its interpreter"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(2)
+logging.getLogger("torch.__trace").propagate = False  # else each failure report ends in pages of compiler events
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory() -> object:
+    """For the whole session: a function-scoped fixture would not be undone between the examples of a @given test."""
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned_empty(patch)
+        yield

@@ -1,0 +1,250 @@
+"""sample: greedy, temperature, top-k, top-p, min-p, bans, and the counter-based generator behind them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fastdms.ops import sample
+from fastdms.ops.sample.reference import exponential, keep_mask, philox
+from tests.ops.harness import BACKENDS, DEVICE, on
+
+_DTYPES = {
+    "temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32,
+    "seeds": torch.int64, "positions": torch.int32, "banned_until": torch.int32,
+}  # fmt: skip
+_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0, "banned_until": 0}
+
+
+def _settings(batch: int, **changes: Any) -> dict[str, torch.Tensor]:
+    """Tensors of each setting: a number for all rows, or one for each."""
+    out = {}
+    for name, dtype in _DTYPES.items():
+        value = changes.get(name, _DEFAULTS[name])
+        out[name] = torch.tensor(value if isinstance(value, list) else [value] * batch, dtype=dtype)
+    out["banned_ids"] = torch.tensor(changes.get("banned_ids", [[-1, -1]] * batch), dtype=torch.int32).view(batch, -1)
+    return out
+
+
+def _sample(backend: str, logits: torch.Tensor, settings: dict[str, torch.Tensor] | None = None, **changes: Any) -> Any:
+    settings = settings or _settings(logits.shape[0], **changes)
+    with on(backend) as device:
+        out = sample(logits.to(device), **{name: value.to(device) for name, value in settings.items()})
+    assert out.dtype == torch.int64
+    assert out.shape == logits.shape[:1]
+    return out.tolist()
+
+
+def test_philox_known_answers() -> None:
+    """Vectors published with the Random123 library, first word."""
+    ones = 0xFFFFFFFF
+
+    def first_word(key: int, counter: int, position: int) -> int:
+        return int(philox(torch.tensor(key), torch.tensor([counter]), torch.tensor(position)))
+
+    assert first_word(0, 0, 0) == 0x6627E8D5
+    assert first_word(-1, ones, -1) != 0x408F276D  # the vector of all ones also sets counters that are 0 here
+    assert _plain_philox((ones,) * 4, (ones,) * 2)[0] == 0x408F276D
+    assert _plain_philox((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))[0] == 0xD16CFE09
+    for key, counter, position in ((5, 3, 1), (2**62 + 12345, 128_255, 131_071), (2**63 - 1, 7, -1)):
+        expected = _plain_philox((counter, position & ones, 0, 0), (key & ones, key >> 32))[0]
+        assert first_word(key, counter, position) == expected
+
+
+def _plain_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox4x32-10 in Python's integers."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def test_exponential_noise_is_exact_and_never_infinite() -> None:
+    bits = torch.tensor([0, 1, 12_345, 2**26 - 1, 2**26, 2**31, 2**32 - 2**12, 2**32 - 1])
+    expected = [-math.log1p(-(int(b) + 0.5) * 2.0**-32) for b in bits]
+    noise = exponential(bits)
+    assert noise.isfinite().all()
+    assert (noise > 0).all()
+    torch.testing.assert_close(noise[:-2].double(), torch.tensor(expected[:-2], dtype=torch.float64), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_candidate_is_taken_whatever_its_noise(backend: str) -> None:
+    """With one token left, the draw must be that token for every word of the generator, the largest ones above all."""
+    seed, token = _largest_word(vocab=64)
+    logits = torch.zeros(1, 64)
+    logits[0, token] = 1.0
+    assert _sample(backend, logits, top_k=1, seeds=seed) == [token]
+
+
+def _largest_word(vocab: int) -> tuple[int, int]:
+    """(seed, token) whose word of the generator rounds to 2**32 in fp32."""
+    ids = torch.arange(vocab)
+    for first in range(0, 2**24, 2**16):
+        words = philox(torch.arange(first, first + 2**16)[:, None], ids, torch.tensor(0))
+        at = int(words.argmax())
+        if int(words.flatten()[at]) > 2**32 - 128:
+            return first + at // vocab, at % vocab
+    raise AssertionError("no such word among the first seeds")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy(backend: str) -> None:
+    logits = torch.tensor([[0.0, 3, 3, -1], [-math.inf, -2, -2, -3], [5, 1, 2, 3], [0, 0, 0, 0]])
+    assert _sample(backend, logits, temperature=0.0) == [1, 1, 0, 0]
+    # All else is ignored.
+    assert _sample(backend, logits, temperature=0.0, top_k=3, top_p=0.1, min_p=0.9, seeds=4) == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_banned_ids(backend: str) -> None:
+    logits = torch.tensor([[0.0, 3, 2, 1]] * 5)
+    settings = {
+        "banned_ids": [[1, -1], [1, 2], [-1, -1], [1, 2], [3, 3]],
+        "positions": [4, 4, 4, 5, 0],
+        "banned_until": [5, 5, 5, 5, 1],
+    }
+    for temperature in (0.0, 1e-6):
+        assert _sample(backend, logits, temperature=temperature, **settings) == [2, 3, 1, 1, 1]
+    everything = _sample(backend, logits, temperature=100.0, top_k=0, seeds=list(range(5)), **settings)
+    assert everything[0] != 1
+    assert everything[1] in (0, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_settings_leave_the_best_token(backend: str) -> None:
+    """Every combination is legal; where the smallest nucleus is asked for it is the largest logit."""
+    vocab = 40
+    row = torch.randn(vocab, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16).float() * 10
+    best = int(row.argmax())
+    grid = list(
+        itertools.product((0.0, 1e-8, 1e-4, 100.0), (1e-8, 1e-3, 1.0), (0, 1, vocab, vocab + 1), (0.0, 1.0))
+    )
+    columns = dict(zip(("temperature", "top_p", "top_k", "min_p"), map(list, zip(*grid, strict=True)), strict=True))
+    chosen = _sample(backend, row.repeat(len(grid), 1), seeds=list(range(len(grid))), **columns)
+    for (temperature, top_p, top_k, min_p), token in zip(grid, chosen, strict=True):
+        assert 0 <= token < vocab
+        if temperature < 1e-3 or top_p < 1e-2 or top_k == 1 or min_p == 1.0:
+            assert token == best, (temperature, top_p, top_k, min_p)
+    assert any(token != best for token in chosen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_logits_stay_together(backend: str) -> None:
+    """A boundary that falls among equals keeps all of them."""
+    logits = torch.tensor([[2.0, 1, 1, 1, 0, 0]])
+    for changes in ({"top_k": 2}, {"top_p": 0.45}, {"min_p": 0.36}):
+        drawn = {_sample(backend, logits, seeds=seed, **changes)[0] for seed in range(60)}
+        assert drawn == {0, 1, 2, 3}, changes
+
+
+def test_keep_mask_against_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        vocab = int(torch.randint(1, 30, (), generator=generator))
+        scaled = torch.randn(vocab, generator=generator).mul(2).round(decimals=1)
+        scaled -= scaled.max()
+        top_k = int(torch.randint(0, vocab + 2, (), generator=generator))
+        top_p = float(torch.rand((), generator=generator))
+        min_p = float(torch.rand((), generator=generator)) * 0.3
+        mine = keep_mask(scaled, top_k, top_p, min_p).tolist()
+        values = scaled.tolist()
+        kept = sorted(values, reverse=True)[top_k - 1] if 0 < top_k < vocab else -math.inf
+        left = [math.exp(x) for x in values if x >= kept]
+        expected = [
+            x >= kept
+            and sum(p for p in left if p > math.exp(x)) / sum(left) < top_p
+            and math.exp(x) >= min_p
+            for x in values
+        ]
+        assert mine == expected
+
+
+def test_kernel_draws_what_the_reference_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (1, 50, 300) if DEVICE.type == "cpu" else (1, 50, 300, 5000, 128_256):
+        batch = 6
+        logits = torch.randn(batch, vocab, generator=generator) * 3
+        changes = {
+            "temperature": [0.0, 0.7, 1.0, 1.0, 1.3, 5.0],
+            "top_k": [0, 0, 7, 0, 20, 0],
+            "top_p": [1.0, 1.0, 1.0, 0.8, 0.95, 1.0],
+            "min_p": [0.0, 0.0, 0.0, 0.0, 0.01, 0.05],
+            "seeds": [1, 2, 3, 2**40 + 5, 2**63 - 1, 0],
+            "positions": [5, 0, 9, 131_071, 3, 2],
+            "banned_ids": [[0, -1]] * 6,
+            "banned_until": [0, 9, 9, 0, 9, 0] if vocab > 1 else 0,
+        }
+        settings = _settings(batch, **changes)
+        wide = torch.empty(batch, 2 * vocab).copy_(torch.cat((logits, logits), 1))  # rows further apart than they are long
+        for view in (logits, wide[:, :vocab]):
+            assert _sample("kernel", view, settings) == _sample("reference", view, settings), vocab
+        turned = logits.T.contiguous().T
+        assert _sample("kernel", turned, settings) == _sample("reference", logits, settings)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
+    """Alone, first, last, in the middle, beside rows of every kind and padding (position -1)."""
+    generator = torch.Generator().manual_seed(4)
+    own = torch.randn(1, 80, generator=generator)
+    mine = {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seeds": 7, "positions": 11}
+    others = [
+        {"temperature": 0.0},
+        {"temperature": 100.0, "seeds": 7, "positions": 11},
+        {"temperature": 0.8, "seeds": 8, "positions": -1},
+        {"temperature": 1.0, "top_p": 1e-3, "banned_until": 99},
+    ]
+    [alone] = _sample(backend, own, **mine)
+    for place in range(len(others) + 1):
+        rows = [*others[:place], mine, *others[place:]]
+        columns = {name: [row.get(name, default) for row in rows] for name, default in _DEFAULTS.items()}
+        logits = torch.randn(len(rows), 80, generator=generator)
+        logits[place] = own
+        assert _sample(backend, logits, banned_ids=[[3, 5]] * len(rows), **columns)[place] == alone
+
+
+@pytest.mark.parametrize("what", ["seeds", "positions"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}], ids=lambda c: "-".join(c)
+)
+def test_draws_follow_the_softmax(what: str, changes: dict[str, Any]) -> None:
+    """Chi-square over seeds, and over positions of one seed."""
+    backend = "kernel" if DEVICE.type == "cuda" else "reference"
+    draws = 4000
+    logits = torch.tensor([1.5, 0.0, -1.0, 1.0, 0.5, -0.5, 2.0])
+    numbers = {"seeds": 99, "positions": 5, what: list(range(draws))}
+    tokens = torch.tensor(_sample(backend, logits.repeat(draws, 1), **numbers, **changes))
+    scaled = (logits - logits.max()) / changes.get("temperature", 1.0)
+    kept = keep_mask(scaled, changes.get("top_k", 0), changes.get("top_p", 1.0), changes.get("min_p", 0.0))
+    p = scaled.masked_fill(~kept, -math.inf).softmax(0).double()
+    counts = torch.bincount(tokens, minlength=7).double()
+    assert not counts[~kept].any()
+    statistic = float(((counts - draws * p).square() / (draws * p))[kept].sum())
+    degrees = int(kept.sum()) - 1
+    assert statistic < degrees + 4.5 * math.sqrt(2 * degrees)  # beyond the 1 - 1e-4 quantile for these degrees
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend: str) -> None:
+    assert _sample(backend, torch.zeros(0, 9)) == []
+
+
+def test_bad_input_is_named() -> None:
+    logits, good = torch.zeros(2, 9), _settings(2)
+    for bad, change, message in (
+        (logits.half(), {}, "logits"),
+        (logits[0], {}, "logits"),
+        (logits, {"temperature": good["temperature"][:1]}, "float32"),
+        (logits, {"top_k": good["top_k"].long()}, "int32"),
+        (logits, {"seeds": good["seeds"].int()}, "int64"),
+        (logits, {"banned_ids": good["banned_ids"][:1]}, "banned_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(bad, **{**good, **change})
