@@ -46,7 +46,7 @@ def encode_shielded(
     if masked.translate(unmask) != plain:
         # The template looks for some of the masked characters: mask no more than needed.
         masked = render(_mapped(messages, lambda content: first_of_token.sub(lambda m: mask[ord(m[0])], content)))
-    if masked.translate(unmask) == plain and len(re.findall(tokens, masked)) <= num_written:
+    if masked.translate(unmask) == plain:
         starts = [match.start() for match in first_of_token.finditer(plain)]
         ids = _encode_cut(plain, [i + 1 for i in starts if masked[i] != plain[i]], encode, next(unused))
     elif len(re.findall(tokens, plain)) <= num_written:

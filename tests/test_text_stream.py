@@ -173,6 +173,7 @@ def test_stops_before_min_tokens_do_not_count():
     assert stream(tokenizer, ids, "xa", min_tokens=4)[1].text == "xa"
     assert stream(tokenizer, ids, "xa", min_tokens=5)[1].text == "xaxa"
     assert stream(tokenizer, ids, "xa", min_tokens=7)[1].text == "xaxaxa"
+    assert stream(tokenizer, encoded(tokenizer, "xxx"), "xx", min_tokens=3)[1].text == "x"
 
 
 def test_special_tokens_give_no_text():

@@ -70,14 +70,14 @@ def sentencepiece(*, template: str | None = None, adds_bos: bool = True, prepend
     return _wrapped(backend, "<s>", "</s>", template, adds_bos, unk="<unk>")
 
 
-def word_pieces():
+def word_pieces(*, template: str | None = None):
     """A vocabulary of a kind that no supported model has."""
     tokens = ["[UNK]", "[CLS]", "play", "##ing", "##s", "the", "cat", ".", "é"]
     backend = Tokenizer(models.WordPiece(vocab={token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(cleanup=False)
-    backend.add_special_tokens([AddedToken("[CLS]", special=True)])
-    return _wrapped(backend, None, None, None, False, unk="[UNK]")
+    backend.add_special_tokens([AddedToken(token, special=True) for token in tokens[:2]])
+    return _wrapped(backend, None, None, template, False, unk="[UNK]")
 
 
 def _wrapped(backend, bos, eos, template, adds_bos, unk=None) -> PreTrainedTokenizerBase:
