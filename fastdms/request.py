@@ -17,9 +17,11 @@ from fastdms.text_stream import TextStream
 
 __all__ = ["Request"]
 
-# The step's buffers are int32 and fp32: a larger top_k is no limit anyway, a smaller top_p would become 0.
+# The step's buffers are int32 and fp32: a larger top_k is no limit anyway, a smaller top_p would become 0, and at an
+# infinite temperature all logits would be alike, so that top_k could not tell them apart.
 _INT32_MAX = 2**31 - 1
 _SMALLEST_TOP_P = 1e-30
+_HOTTEST = 1e30
 
 
 class Request:
@@ -80,7 +82,7 @@ class Request:
             row=0 if self.row is None else self.row,
             token=ids[-1],
             position=len(self.prompt_ids) + len(self.output_ids) - 1,
-            temperature=p.temperature,
+            temperature=min(p.temperature, _HOTTEST),
             top_k=min(max(0, p.top_k), _INT32_MAX),
             top_p=max(p.top_p, _SMALLEST_TOP_P),
             min_p=p.min_p,

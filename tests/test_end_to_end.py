@@ -29,9 +29,7 @@ def models() -> dict[str, PreTrainedModel]:
     return {family: tiny_model(family) for family in FAMILIES}
 
 
-def expected_runs(
-    model: PreTrainedModel, dms: fastdms.DMSConfig | None, layout: str
-) -> list[oracle.OracleRun]:
+def expected_runs(model: PreTrainedModel, dms: fastdms.DMSConfig | None, layout: str) -> list[oracle.OracleRun]:
     adapter = adapter_weights(model) if layout == "adapter" else None
     lengths = zip(SEQUENCES, PROMPT_LENS, strict=True)
     return [oracle.run(model, ids, dms, adapter, prompt_len) for ids, prompt_len in lengths]
@@ -77,7 +75,9 @@ def test_dense_prefill(
     dense = replace(declared, prefill="dense")
     runs = expected_runs(models["qwen3"], dense, layout)
     masked = expected_runs(models["qwen3"], declared, layout)
-    assert (runs[0].logits - masked[0].logits).abs().max() > 0.1, "dense and masked prefill agree: the case tests nothing"
+    assert (runs[0].logits - masked[0].logits).abs().max() > 0.1, (
+        "dense and masked prefill agree: the case tests nothing"
+    )
     for chunk in CHUNKS:
         check_scores(folder, runs, device, chunk, dms=dense)
 
@@ -98,7 +98,7 @@ def test_layouts_differ_on_the_same_weights(models: dict[str, PreTrainedModel], 
     """A wrong shift or zeroing can't pass for a right one: each pair of rules gives other logits."""
     folder = save_checkpoint(models[family], tmp_path)
     rules = [
-        fastdms.DMSConfig(window_tokens=7, shift=shift, zero_borrowed=zero)  # type: ignore[arg-type]
+        fastdms.DMSConfig(window_tokens=7, shift=shift, zero_borrowed=zero)
         for shift in (0, 1)
         for zero in ("none", "pre_rope", "pre_and_post_rope")
     ]

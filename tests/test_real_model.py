@@ -22,7 +22,11 @@ def expected() -> list[int]:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]])
     out = plain.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
     )
     ids: list[int] = out[0, prompt.shape[1] :].tolist()
     return ids

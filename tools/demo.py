@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
             if model.dms is None:
                 print("\nThis model has no trained eviction, so eviction is off and every token is kept.")
             share = report.bytes_in_use / report.dense_bytes
+            compact, dense = f"{report.bytes_in_use:,}", f"{report.dense_bytes:,}"
             print(
-                f"Compact cache: {report.bytes_in_use:,} bytes; dense bf16 cache: {report.dense_bytes:,} ({share:.2f}x)."
+                f"\nCompact cache: {compact} bytes; dense bf16 cache of the same tokens: {dense} bytes ({share:.2f}x)."
             )
     except ValueError as error:
         print(f"fastdms demo: error: {error}", file=sys.stderr)

@@ -52,7 +52,7 @@ def _report(args: argparse.Namespace) -> None:
             patch,
             fastdms.compile(source, device="cpu", kv_dtype=kv_dtype, max_concurrency=1, max_context=total) as model,
         ):
-            ids = encode_prompt(model.tokenizer, text[: 16 * total])[:total]  # type: ignore[arg-type]
+            ids = encode_prompt(model.tokenizer, text[: 16 * total])[:total]
             if len(ids) < total:
                 raise ValueError(f"{args.text} has {len(ids)} tokens; {total} are needed")
             logprobs[name] = model.score(ids, args.prompt_tokens).log_softmax(-1)

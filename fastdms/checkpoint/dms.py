@@ -162,7 +162,7 @@ def _config(found: _Place, layout: DMSConfig) -> DMSConfig:
         zero_borrowed = "none" if unzeroed else layout.zero_borrowed
     shift: Any = found.integer("shift")
     window = found.integer(*_WINDOW, at_least=0)
-    scale, offset = found.number(*_SCALE), found.number(*_OFFSET)
+    scale, offset, target = found.number(*_SCALE), found.number(*_OFFSET), found.number(*_TARGET, at_least=1)
     try:
         return DMSConfig(
             window_tokens=layout.window_tokens if window is None else window,
@@ -171,7 +171,7 @@ def _config(found: _Place, layout: DMSConfig) -> DMSConfig:
             shift=layout.shift if shift is None else shift,
             zero_borrowed=zero_borrowed,
             source=layout.source,
-            target_compression=found.number(*_TARGET, at_least=1),
+            target_compression=target,
         )
     except ValueError as error:
         raise ValueError(f"{found.where}: {error}") from error
