@@ -1,4 +1,4 @@
-"""What holds for every test: poisoned uninitialised memory, fixed seeds, two threads, no GPU test without a GPU."""
+"""What holds for every test: poisoned uninitialised memory, fixed seeds, one thread, no GPU test without a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could ask for its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(2)
+# One thread: the models are tiny, and two cores are better used by two workers (`pytest -n 2`).
+torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # else each failure report ends in pages of compiler events
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)

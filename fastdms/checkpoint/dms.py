@@ -117,7 +117,9 @@ def read_dms(
     if disabled or _first_flag("trained_checkpoint", metadata, own) is False:
         return None
     if is_adapter:
-        _check_adapter(own, adapter_layers, config.num_layers)
+        for place in (metadata, own):
+            _refuse_shared_rows(place)
+        _check_adapter(where, adapter_layers, config.num_layers)
     found = metadata or own
     _check_model(found, config)
     return _config(found, _LAYOUTS["adapter" if is_adapter else _borrowed_layout(metadata, own)])
@@ -190,15 +192,18 @@ def _adapter_layers(tensor_names: Collection[str], where: str) -> dict[int, set[
     return layers
 
 
-def _check_adapter(own: _Place, layers: Mapping[int, set[str]], num_layers: int) -> None:
-    key, per = own.value("dms_alpha_per")
-    if per not in (None, "head"):
-        raise ValueError(f"{own.where}: {key} {per!r} is not supported; supported is 'head'")
+def _refuse_shared_rows(place: _Place | None) -> None:
+    key, per = place.value("dms_alpha_per") if place else ("", None)
+    if place and per not in (None, "head"):
+        raise ValueError(f"{place.where}: {key} {per!r} is not supported; supported is 'head'")
+
+
+def _check_adapter(where: str, layers: Mapping[int, set[str]], num_layers: int) -> None:
     for layer in range(num_layers):
         for suffix in ("", "_norm"):
             if suffix not in layers.get(layer, ()):
                 name = f"model.layers.{layer}.self_attn.dms_proj_alpha{suffix}.weight"
-                raise ValueError(f"{own.where}: the checkpoint declares a DMS adapter but has no tensor {name}")
+                raise ValueError(f"{where}: the checkpoint declares a DMS adapter but has no tensor {name}")
 
 
 def _check_model(found: _Place, config: ModelConfig) -> None:

@@ -115,14 +115,15 @@ def _all_blocks(headers: list[GGUFHeader], gguf: ModuleType) -> dict[str, _Block
 
 def _blocks(tensor: GGUFTensor, data: npt.NDArray[np.uint8], gguf: ModuleType) -> _Blocks:
     where = f"{tensor.path}: tensor {tensor.name}"
+    names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    label = f"{names.get(tensor.type_number, 'unknown')} ({tensor.type_number})"
     try:
         kind = gguf.GGMLQuantizationType(tensor.type_number)
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         # Not every type that has a name and a size can be decoded.
         gguf.quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
-        name = getattr(error, "name", None) or tensor.type_number
-        raise ValueError(f"{where} has block type {name}, which can't be read") from error
+        raise ValueError(f"{where} has block type {label}, which can't be read") from error
     if tensor.shape[-1] % block_size:
         raise ValueError(f"{where} has rows of {tensor.shape[-1]}, no multiple of {kind.name}'s block of {block_size}")
     row_bytes = tensor.shape[-1] // block_size * block_bytes

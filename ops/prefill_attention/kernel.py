@@ -46,7 +46,7 @@ def _expiry_kernel(
                 flagged = tl.where(o_w == 0, completed, flagged)
             slot = entry >> 1
             out = expiry_ptr + (i_b * HKV + i_h).to(tl.int64) * max_slots + slot
-            tl.store(out, token + WINDOW, mask=m_w & (flagged == 1) & (slot < live))
+            tl.store(out, token + WINDOW, mask=m_w & (flagged == 1) & (slot >= 0) & (slot < live))
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def prefill_attention(
             # The last position that sees each key; every stored key precedes the chunk.
             last = torch.full((keys.shape[0],), _FOREVER, dtype=torch.int32, device=q.device)
             old, slot, flagged = window_flags(ring[row, head], decisions[chunk, head], int(at[0]), shift)
-            flagged &= slot < slots.numel()  # a starved row's ring may be ahead of its span
+            flagged &= (slot >= 0) & (slot < slots.numel())  # a starved row's ring says nothing of its span
             last[slot[flagged]] = (old[flagged] + window).int()
             last[slots.numel() :] = torch.where(flags[:, head], at + window, _FOREVER)
             first = torch.cat((torch.zeros_like(slots, dtype=torch.int32), at))

@@ -19,7 +19,7 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def philox(seed: torch.Tensor, counter: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """First word of Philox4x32-10 (Salmon et al., SC 2011) at counter (counter, position, 0, 0), as int64."""
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
-    c0, c1 = counter, (position & _MASK).expand_as(counter)
+    c0, c1 = counter, (position & _MASK) + torch.zeros_like(counter)
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, c0)

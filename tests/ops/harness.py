@@ -58,7 +58,7 @@ HEAD_SHAPES = [(2, 1, 16), (2, 3, 64), (1, 4, 80), (3, 5, 96), (1, 7, 128), (1, 
 def on(backend: str) -> Iterator[torch.device]:
     """Run the public ops by ``backend`` inside, on the device given: kernels on CUDA or in Triton's interpreter.
 
-    The registry looks its reference up at each call, so a kernel launcher in its place is all that the interpreter needs.
+    The registry looks its reference up at each call, so a kernel launcher in its place is all the interpreter needs.
     """
     assert backend in BACKENDS
     with pytest.MonkeyPatch.context() as patch:

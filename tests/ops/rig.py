@@ -192,7 +192,7 @@ class Rig:
         return torch.stack(oracles) if oracles else zero[None][:0]
 
     def _remember(self, entries: list[tuple[int, int]], k: torch.Tensor | None = None) -> None:
-        """Append to the histories; ``k``: the rotated keys as prefill passes them on, which it attends to as they are."""
+        """Append to the histories; ``k``: the rotated keys as prefill passes them on and attends to them."""
         passed = None if k is None else k.double().cpu()
         for index, (row, position) in enumerate(entries):
             if position < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ from tests.tolerance import assert_within_error_budget
 UNEVEN = [[0, 1], [15, 16], [17, 48], [63, 64], [65, 0], [330, 2]]
 
 
-def _cache(lengths: list[list[int]], dtype: torch.dtype = torch.float32, **sizes: int) -> GuardedCache:
+def _cache(lengths: list[list[int]], dtype: torch.dtype = torch.float32, **sizes: Any) -> GuardedCache:
     longest = max(max(heads) for heads in lengths)
     cache = make_cache(
         num_rows=len(lengths), num_kv_heads=len(lengths[0]), kv_dtype=dtype, max_context=max(longest, 1),
@@ -118,6 +120,14 @@ def test_page_edges(page_size: int, pages: int) -> None:
     edge = pages * page_size
     cache = _cache([[edge - 1, edge, edge + 1]], page_size=page_size)
     _compare(cache, torch.randn(1, 3, 16), [0], [edge])
+
+
+@pytest.mark.gpu
+def test_one_long_span_among_short_ones() -> None:
+    """Long enough that many programs share one span, and that a program serves several."""
+    lengths = [[40_000, 3], [0, 64], [700, 16_896], [1, 1]]
+    cache = _cache(lengths, page_size=64, num_pages=1000)
+    _compare(cache, torch.randn(4, 8, 16), [2, 0, 3, 1], [50_000, 50_000, 50_000, -1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

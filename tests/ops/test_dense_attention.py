@@ -26,9 +26,7 @@ def _run(
             q, k, v = split_heads(fused[start : start + tokens].to(device), num_kv_heads)
             positions = torch.arange(start, start + tokens, dtype=torch.int32, device=device)
             out.append(
-                dense_attention(
-                    q, k, v, positions=positions, k_history=k_history, v_history=v_history, sm_scale=_SCALE
-                )
+                dense_attention(q, k, v, positions=positions, k_history=k_history, v_history=v_history, sm_scale=_SCALE)
             )
             start += tokens
     return torch.cat(out).cpu(), k_history.cpu(), v_history.cpu()

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from fastdms.ops import prefill_append
-from tests.ops.harness import BACKENDS, HEAD_SHAPES, KERNEL_DTYPES, REFERENCE_DTYPES, STATE, on, span_pages, spans
+from tests.ops.harness import (
+    BACKENDS,
+    HEAD_SHAPES,
+    KERNEL_DTYPES,
+    REFERENCE_DTYPES,
+    STATE,
+    assert_same_state,
+    check_pool,
+    make_cache,
+    on,
+    span_pages,
+    spans,
+)
 from tests.ops.pair import Pair, check_results
 from tests.ops.rig import FLAG_ALL, FLAG_HALF, FLAG_NONE, Rig
 
@@ -58,6 +70,26 @@ def test_long_chunk_over_a_long_window() -> None:
     pair = Pair(window=64, heads=(1, 1, 16), rows=1, max_tokens=160, shift=1)
     for tokens in (70, 3, 66):
         pair.prefill([(0, tokens)])
+
+
+def test_more_tokens_than_the_kernel_plans_in_one_turn() -> None:
+    """It takes 1,024 at a time."""
+    tokens = 1030
+    k, flags = torch.randn(tokens, 1, 4), torch.rand(tokens, 1) < 0.5
+    caches = []
+    for backend in BACKENDS:
+        with on(backend) as device:
+            cache = make_cache(device, num_rows=1, num_kv_heads=1, head_dim=4, max_context=tokens, num_pages=80)
+            for part in (slice(0, 40), slice(40, tokens)):
+                prefill_append(
+                    k[part].to(device), k[part].to(device), flags[part].to(device), cache.layer(0),
+                    positions=torch.arange(part.start, part.stop, dtype=torch.int32, device=device),
+                    rows=torch.zeros(1, dtype=torch.int32, device=device),
+                    chunk_indptr=torch.tensor([0, part.stop - part.start], dtype=torch.int32, device=device), shift=1,
+                )  # fmt: skip
+        check_pool(cache)
+        caches.append(cache)
+    assert_same_state(caches[1], caches[0])
 
 
 @pytest.mark.parametrize("page_size", [16, 64])

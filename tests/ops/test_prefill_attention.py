@@ -51,6 +51,14 @@ def test_kernel_at_page_edges(page_size: int, offset: int) -> None:
     pair.prefill([(0, 2)])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_history_and_window(dtype: torch.dtype) -> None:
+    pair = Pair(window=256, heads=(1, 4, 64), rows=1, max_tokens=1600, page_size=64, dtype=dtype, shift=1)
+    for tokens in (1100, 300):
+        pair.prefill([(0, tokens)])
+
+
 def test_every_flag_is_seen_at_every_distance() -> None:
     """One flagged key at a time; each query's output tells whether it saw it."""
     window, tokens = 3, 12
@@ -71,9 +79,7 @@ def test_every_flag_is_seen_at_every_distance() -> None:
                     torch.testing.assert_close(out[query, 0].cpu(), expected)
 
 
-def _attend_whole(
-    rig: Rig, k: torch.Tensor, v: torch.Tensor, decisions: torch.Tensor, shift: int
-) -> torch.Tensor:
+def _attend_whole(rig: Rig, k: torch.Tensor, v: torch.Tensor, decisions: torch.Tensor, shift: int) -> torch.Tensor:
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=rig.device)
 

@@ -11,7 +11,6 @@ from fastdms.ops import prefill_rope
 from fastdms.ops.rope_decide import ZERO_MODES
 from tests.ops.definition import prepare_token
 from tests.ops.harness import (
-    CPU,
     HEAD_SHAPES,
     KERNEL_DTYPES,
     assert_close_to_definition,
@@ -157,5 +156,3 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             prefill_rope(bad_q, bad_k, **good)  # type: ignore[arg-type]
-
-

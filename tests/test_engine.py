@@ -1,0 +1,302 @@
+"""Rows that join and leave, pages that run out, and steps that are broken off: the tokens stay those of a lone run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import fastdms
+from fastdms.request import Request
+from fastdms.sampling_params import SamplingParams
+from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.running import Watch, check_idle, compiled, drain, engine_of, many, one, submit
+
+MASKED = dms_config("nvidia", 7)
+assert MASKED is not None
+RULES: dict[str, Any] = {"masked": MASKED, "dense": replace(MASKED, prefill="dense"), "off": "off"}
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+SEEDED = SamplingParams(temperature=1, seed=11, max_tokens=16, ignore_eos=True)
+
+# More than there are rows, and around page edges.
+LENGTHS = (1, 64, 40, 130, 2, 63, 90)
+PROMPTS = [tiny_tokens(length, seed=length) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def weights() -> PreTrainedModel:
+    return tiny_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def alone(weights: PreTrainedModel) -> dict[tuple[str, SamplingParams], list[list[int]]]:
+    """Rule and parameters -> the tokens of each of ``PROMPTS``, run alone in a model of one row."""
+    tokens = {}
+    for rule in RULES:
+        with compiled(weights, dms=RULES[rule], max_concurrency=1) as model:
+            for params in (GREEDY, SEEDED):
+                tokens[rule, params] = [one(model(prompt, params)).token_ids for prompt in PROMPTS]
+                assert all(len(set(ids)) > 8 for ids in tokens[rule, params]), "the tokens hardly vary"
+    assert tokens["masked", GREEDY] != tokens["dense", GREEDY] != tokens["off", GREEDY]
+    return tokens
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_batch_gives_what_single_calls_give(weights, alone, rule: str, params: SamplingParams) -> None:
+    for rows, chunk in ((1, 50), (3, 17), (16, 2048)):
+        with compiled(weights, dms=RULES[rule], max_concurrency=rows, prefill_chunk=chunk) as model:
+            watch = Watch(model)
+            completions = many(model(PROMPTS, params))
+            check_idle(model)
+        assert [done.token_ids for done in completions] == alone[rule, params]
+        assert [done.prompt_tokens for done in completions] == list(LENGTHS)
+        assert watch.most_rows == min(rows, len(PROMPTS))
+
+
+def test_rows_join_and_leave_one_by_one(weights, alone) -> None:
+    """Requests of other lengths, arriving at other steps, each in the row of one that has just left."""
+    with compiled(weights, dms=MASKED, max_concurrency=3) as model:
+        watch = Watch(model)
+        requests: list[Request] = []
+        for index, prompt in enumerate(PROMPTS):
+            params = GREEDY if index % 2 else SEEDED
+            requests.append(submit(model, prompt, replace(params, max_tokens=1 + 5 * (index % 4))))
+            for _ in range(index % 3):
+                engine_of(model).step()
+        drain(model, requests)
+        check_idle(model)
+    for index, request in enumerate(requests):
+        expected = alone["masked", GREEDY if index % 2 else SEEDED][index]
+        assert request.output_ids == expected[: 1 + 5 * (index % 4)]
+        assert request.finish_reason == "length"
+    assert watch.most_rows == 3
+    assert watch.admitted == requests, "not admitted in order of arrival"
+
+
+def test_a_request_in_need_of_pages_is_not_overtaken(weights) -> None:
+    """The long second request waits for the first to end; the short third one, which would fit, waits behind it."""
+    with compiled(weights, dms="off", max_concurrency=3, pages=16) as model:
+        watch = Watch(model)
+        lengths = (60, 150, 3)  # at 4 spans: 4 pages, 12 and 4
+        requests = [submit(model, tiny_tokens(length), GREEDY) for length in lengths]
+        engine_of(model).step()
+        assert engine_of(model).running == requests[:1]
+        drain(model, requests)
+        check_idle(model)
+    assert watch.admitted == requests
+    assert watch.counts["starved"] == 0, "admission let in more than there was room for"
+
+
+@pytest.mark.parametrize("chunk", [100, 2048])
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_starved_in_prefill_are_recomputed(weights, rule: str, chunk: int) -> None:
+    """Long prompts that were taken for short ones: the pool holds any one of them, and not two."""
+    prompts = [tiny_tokens(length, seed=length) for length in (300, 280, 290, 20)]
+    for params in (GREEDY, SEEDED):
+        with compiled(weights, dms=RULES[rule], max_context=512, max_concurrency=3) as ample:
+            expected = [one(ample(prompt, params)).token_ids for prompt in prompts]
+        with compiled(
+            weights, dms=RULES[rule], max_context=512, max_concurrency=3, pages=28, prefill_chunk=chunk
+        ) as model:
+            watch = Watch(model)
+            engine_of(model)._live_share = 0.1  # as if learned from what compresses well
+            completions = many(model(prompts, params))
+            check_idle(model)
+        assert [done.token_ids for done in completions] == expected
+        assert watch.counts["starved"] > 0
+        assert watch.most_rows > 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_starved_while_decoding_are_recomputed(weights, rule: str) -> None:
+    """Rows that fitted when they came, and no longer do as their answers grow."""
+    prompts = [tiny_tokens(length, seed=length) for length in (40, 60, 50)]
+    params = replace(SEEDED if rule == "off" else GREEDY, max_tokens=90)
+    with compiled(weights, dms=RULES[rule], max_concurrency=1) as ample:
+        expected = [one(ample(prompt, params)) for prompt in prompts]
+    pages = 16 if rule == "off" else 12
+    with compiled(weights, dms=RULES[rule], max_concurrency=4, pages=pages, prefill_chunk=37) as model:
+        watch = Watch(model)
+        engine = engine_of(model)
+        engine._pages_to_spare = lambda: int(engine.cache.num_free)  # type: ignore[method-assign]  # no reserve
+        completions = many(model(prompts, replace(params, logprobs=3)))
+        check_idle(model)
+    assert [done.token_ids for done in completions] == [done.token_ids for done in expected]
+    assert watch.counts["starved while decoding"] > 0
+    for done in completions:
+        assert done.logprobs is not None
+        assert len(done.logprobs) == len(done.token_ids) == 90
+        assert all(token in step for token, step in zip(done.token_ids, done.logprobs, strict=True))
+
+
+def test_rows_that_starve_each_other_come_to_an_end(weights) -> None:
+    """Both prompts find no page in the same chunk, again and again if they were let in together each time."""
+    prompts = [tiny_tokens(500, seed=1), tiny_tokens(500, seed=2)]
+    with compiled(weights, dms="off", max_context=1024, max_concurrency=2, pages=40, prefill_chunk=300) as model:
+        watch = Watch(model)
+        requests = [submit(model, prompt, GREEDY) for prompt in prompts]
+        for request in requests:
+            request.expected_pages = 4
+
+        def expects_little(num_tokens: int) -> int:
+            return 4
+
+        engine_of(model)._pages_for = expects_little  # type: ignore[method-assign]
+        drain(model, requests)
+        check_idle(model)
+    assert watch.counts["starved"] > 0
+    with compiled(weights, dms="off", max_context=1024, max_concurrency=1) as model:
+        assert [request.output_ids for request in requests] == [one(model(p, GREEDY)).token_ids for p in prompts]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_alone_and_without_pages(weights, rule: str) -> None:
+    """The text so far, and then a model that works as before."""
+    prompt, params = tiny_tokens(60), replace(SEEDED, max_tokens=190)
+    with compiled(weights, dms=RULES[rule], max_concurrency=2) as ample:
+        full = one(ample(prompt, params))
+    with compiled(weights, dms=RULES[rule], max_concurrency=2, pages=7) as model:
+        watch = Watch(model)
+        for _ in range(2):
+            done = one(model(prompt, params))
+            assert done.finish_reason == "kv_full"
+            assert 1 < len(done.token_ids) < len(full.token_ids)
+            assert done.token_ids == full.token_ids[: len(done.token_ids)]
+            assert done.kv.tokens == len(prompt) + len(done.token_ids) - 1
+            assert done.kv.bytes_in_use > 0
+            check_idle(model)
+        pieces = list(model.stream(prompt, params))
+        assert [token for piece in pieces for token in piece.token_ids] == done.token_ids
+        assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["kv_full"]
+        assert one(model([5, 6, 7], GREEDY)).finish_reason == "length"
+        check_idle(model)
+    assert watch.counts["starved"] >= 3
+
+
+@pytest.mark.parametrize("chunk", [16, 2048])
+@pytest.mark.parametrize("rule", ["dense", "off"])
+def test_a_prompt_that_does_not_fit(weights, rule: str, chunk: int) -> None:
+    with compiled(weights, dms=RULES[rule], max_concurrency=2, pages=7, prefill_chunk=chunk) as model:
+        Watch(model)
+        short = submit(model, [5, 6, 7], GREEDY)
+        with pytest.raises(ValueError, match=r"kv_memory is too small: a prompt of 200 tokens .* 7 pages"):
+            model(tiny_tokens(200), GREEDY)
+        assert engine_of(model).running in ([], [short]), "what ran beside it still does"
+        with pytest.raises(ValueError, match="kv_memory is too small"):
+            list(model.stream(tiny_tokens(200), GREEDY))
+        with pytest.raises(ValueError, match=r"kv_memory is too small .* all 7 pages are taken"):
+            model.score(tiny_tokens(200), 150)
+        drain(model, [short])
+        assert short.output_ids == one(model([5, 6, 7], GREEDY)).token_ids
+        check_idle(model)
+
+
+PLACES = {
+    "half a prefill": lambda model: (engine_of(model).runner.decoder.layers[1], "prefill"),
+    "half a decode step": lambda model: (engine_of(model).runner.decoder.layers[1], "decode"),
+    "sampling": lambda model: (engine_of(model).runner, "sample"),
+    "release": lambda model: (engine_of(model).runner, "release"),
+    "accepting": lambda model: (Request, "accept"),
+    "admission": lambda model: (engine_of(model).runner, "new_history"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_broken_off_leaves_nothing_held(weights, alone, monkeypatch, rule: str, place: str) -> None:
+    """Ctrl-C in a call: its own requests are gone, an open stream goes on as if nothing had happened."""
+    if place == "admission" and rule != "dense":
+        pytest.skip("only a dense prefill allocates when it admits")
+    with compiled(weights, dms=RULES[rule], max_concurrency=3, prefill_chunk=50) as model:
+        Watch(model)
+        long = replace(SEEDED, max_tokens=40)
+        expected = one(model(PROMPTS[3], long)).token_ids
+        stream = model.stream(PROMPTS[3], long)
+        tokens = [token for _ in range(4) for token in next(stream).token_ids]
+        owner, name = PLACES[place](model)
+        original, calls = getattr(owner, name), 0
+
+        def interrupted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(PROMPTS[:5], GREEDY)
+        engine = engine_of(model)
+        assert [request.params for request in (*engine.running, *engine._waiting)] == [long]
+        done = many(model(PROMPTS[:5], GREEDY))
+        assert [completion.token_ids for completion in done] == alone[rule, GREEDY][:5]
+        tokens += [token for piece in stream for token in piece.token_ids]
+        assert tokens == expected
+        check_idle(model)
+
+
+HISTORY_PROMPTS = [tiny_tokens(length, seed=length) for length in (300, 250, 64, 1, 20)]
+
+
+@pytest.fixture(scope="module")
+def small_pool(weights) -> tuple[fastdms.CompiledModel, Watch, dict[SamplingParams, list[list[int]]]]:
+    """Three rows over a pool that holds any one of ``HISTORY_PROMPTS``, and always expects little of them."""
+    with compiled(weights, dms=MASKED, max_context=512, max_concurrency=1) as model:
+        expected = {
+            params: [one(model(prompt, params)).token_ids for prompt in HISTORY_PROMPTS] for params in (GREEDY, SEEDED)
+        }
+    model = compiled(weights, dms=MASKED, max_context=512, max_concurrency=3, pages=20, prefill_chunk=128)
+    engine = engine_of(model)
+    engine._live_share = 0.0
+    engine._learn = lambda request: None  # type: ignore[method-assign]
+    return model, Watch(model), expected
+
+
+arrive = st.tuples(st.just("arrive"), st.integers(0, len(HISTORY_PROMPTS) - 1), st.integers(1, GREEDY.max_tokens))
+cancel = st.tuples(st.just("cancel"), st.integers(0, 11), st.just(0))
+step = st.tuples(st.just("step"), st.integers(1, 6), st.just(0))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.one_of(arrive, arrive, cancel, step), min_size=1, max_size=20), st.sampled_from([GREEDY, SEEDED]))
+@example([("arrive", 0, 16), ("arrive", 1, 16), ("arrive", 0, 9), ("step", 4, 0), ("cancel", 1, 0)], GREEDY)
+def test_any_history(small_pool, history, params: SamplingParams) -> None:
+    """Whatever arrives and is cancelled, each request that finishes has the tokens of its run alone."""
+    model, watch, expected = small_pool
+    engine = engine_of(model)
+    watch.counts.clear()
+    requests: list[tuple[Request, list[int]]] = []
+    cancelled: list[Request] = []
+    for kind, number, limit in history:
+        if kind == "arrive":
+            request = submit(model, HISTORY_PROMPTS[number], replace(params, max_tokens=limit))
+            requests.append((request, expected[params][number][:limit]))
+        elif kind == "step":
+            for _ in range(number):
+                engine.step()
+        elif number < len(requests):
+            engine.cancel(requests[number][0])
+            cancelled.append(requests[number][0])
+    drain(model, [request for request, _ in requests if request not in cancelled])
+    check_idle(model)
+    for request, tokens in requests:
+        assert request.finished or request in cancelled
+        if request.finished:
+            assert request.output_ids == tokens
+            assert request.finish_reason == "length"
+        assert request.output_ids == tokens[: len(request.output_ids)]
+
+
+def test_the_pool_of_any_history_starves_rows(small_pool) -> None:
+    model, watch, expected = small_pool
+    watch.counts.clear()
+    completions = many(model(HISTORY_PROMPTS, GREEDY))
+    assert [done.token_ids for done in completions] == expected[GREEDY]
+    assert watch.counts["starved"] > 0
+    assert watch.most_rows > 1
