@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdms.completion import Completion, StreamPiece
     from fastdms.config import DMSConfig
-    from fastdms.default_model import default_model
+    from fastdms.bundled_model import default_model
     from fastdms.kv_report import KVReport
     from fastdms.llm import LLM
     from fastdms.runtime import CompiledModel, compile
@@ -37,7 +37,7 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "StreamPiece": "completion",
     "compile": "runtime",
-    "default_model": "default_model",
+    "default_model": "bundled_model",
 }
 
 

@@ -85,6 +85,12 @@ def dot_dtype(compute: torch.dtype, stored: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if compute == torch.bfloat16 else tl.float16
 
 
+def attention_tile(group: int, head_dim: int, dot: tl.dtype) -> tuple[int, int]:
+    """(queries times grouped heads, keys) of a prefill tile; small in fp32, which is unrolled into multiply-adds."""
+    rows, keys = (32, 32) if dot == tl.float32 else (64, 64 if head_dim <= 128 else 32)
+    return max(rows, triton.next_power_of_2(group)), keys
+
+
 @triton.jit
 def find_chunk(block, chunk_indptr_ptr, num_chunks, B: tl.constexpr, BLOCK_M: tl.constexpr):
     """Which row's chunk the ``block``-th block of BLOCK_M tokens lies in: ``(chunk, its block, begin, end)``.

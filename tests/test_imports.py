@@ -96,3 +96,10 @@ def test_nothing_is_imported_under_a_second_name() -> None:
 @pytest.mark.parametrize("name", LINKED)
 def test_no_tests_inside_the_package(name: str) -> None:
     assert not list((ROOT / name).rglob("test_*.py"))
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a submodule sets it as an attribute of the package, in place of a function of that name."""
+    modules = {path.stem for path in (ROOT / "fastdms").glob("*.py")}
+    assert not modules & {name for name in fastdms.__all__ if name not in ("compile",)}
+    assert "compile" not in modules

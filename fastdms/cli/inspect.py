@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, a .gguf file or a hub id")
     args = parser.parse_args(argv)
     from fastdms.checkpoint import open_checkpoint
-    from fastdms.default_model import default_model
+    from fastdms.bundled_model import default_model
 
     checkpoint = open_checkpoint(default_model() if args.model is None else args.model)
     config, dms = checkpoint.config, checkpoint.dms

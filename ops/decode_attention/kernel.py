@@ -104,10 +104,13 @@ def _decode_attention_kernel(
             b_old = tl.exp2(b_max - b_new)
             b_w = tl.where(m_n[None, :], tl.exp2(b_x - b_new[:, None]), 0.0)
             b_sum = b_sum * b_old + tl.sum(b_w, 1)
-            b_v = b_v.to(tl.float32)
-            if HAS_SCALES:  # not into the weights: weight times scale is too small for fp16
-                b_v *= tl.load(v_scales_ptr + slot, mask=m_n, other=0.0).to(tl.float32)[:, None]
-            b_acc = b_acc * b_old[:, None] + tl.dot(b_w.to(DOT), b_v.to(DOT), input_precision="ieee")
+            b_scale = 1.0
+            if HAS_SCALES:  # the tile's largest scale stays outside the product, where fp16 could not hold it
+                b_scales = tl.load(v_scales_ptr + slot, mask=m_n, other=0.0).to(tl.float32)
+                b_scale = tl.max(b_scales, 0)
+                b_w *= (b_scales / b_scale)[None, :]
+            b_v = b_v.to(tl.float32).to(DOT)
+            b_acc = b_acc * b_old[:, None] + tl.dot(b_w.to(DOT), b_v, input_precision="ieee") * b_scale
             b_max = b_new
         partial = (i_p + span).to(tl.int64) * BLOCK_G + o_g
         tl.store(max_ptr + partial, b_max)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import dot_dtype, flash_step
+from fastdms.ops.triton_common import attention_tile, dot_dtype, flash_step
 
 _LOG2_E = 1.4426950408889634
 
@@ -77,11 +77,12 @@ def dense_attention(
     v_history.index_copy_(0, at, v)
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    block_r = max(64, triton.next_power_of_2(group))
+    dot = dot_dtype(q.dtype, k.dtype)
+    block_r, block_n = attention_tile(group, head_dim, dot)
     _dense_attention_kernel[(triton.cdiv(tokens, block_r // group), num_kv_heads)](
         q, k_history, v_history, positions, out, *q.stride()[:2], tokens, sm_scale * _LOG2_E,
         HKV=num_kv_heads, G=group, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=block_r // group, BLOCK_R=block_r, BLOCK_N=64 if head_dim <= 128 else 32,
-        DOT=dot_dtype(q.dtype, k.dtype), num_warps=4, num_stages=2,
+        BLOCK_M=block_r // group, BLOCK_R=block_r, BLOCK_N=block_n,
+        DOT=dot, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import dot_dtype, element_strides, find_chunk, flash_step
+from fastdms.ops.triton_common import attention_tile, dot_dtype, element_strides, find_chunk, flash_step
 
 _LOG2_E = 1.4426950408889634
 
@@ -183,7 +183,8 @@ def prefill_attention(
         flags, positions, rows, chunk_indptr, live_len, ring, expiry, max_pages * page_size,
         HKV=num_kv_heads, WINDOW=window, BLOCK_W=min(256, triton.next_power_of_2(window + 1)), SHIFT=shift,
     )  # fmt: skip
-    block_r = max(64, triton.next_power_of_2(group))
+    dot = dot_dtype(q.dtype, k_pages.dtype)
+    block_r, block_n = attention_tile(group, head_dim, dot)
     block_m = block_r // group
     grid = (triton.cdiv(tokens, block_m) + num_chunks, num_kv_heads)
     _prefill_attention_kernel[grid](
@@ -191,7 +192,7 @@ def prefill_attention(
         expiry, out, *element_strides(q, k, v), num_chunks, max_pages, sm_scale * _LOG2_E,
         B=triton.next_power_of_2(num_chunks), HKV=num_kv_heads, G=group, D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), PAGE=page_size, WINDOW=window, SHIFT=shift,
-        BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_N=64 if head_dim <= 128 else 32, HAS_SCALES=k_scales.numel() > 0,
-        DOT=dot_dtype(q.dtype, k_pages.dtype), num_warps=4, num_stages=2,
+        BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_N=block_n, HAS_SCALES=k_scales.numel() > 0,
+        DOT=dot, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

@@ -116,7 +116,7 @@ def make_cache(device: torch.device = CPU, *, seed: int = 0, **sizes: Any) -> Gu
         "num_layers": 1, "num_rows": 3, "num_kv_heads": 2, "head_dim": 16, "window_tokens": 7, "max_context": 128,
         "kv_dtype": torch.float32, "num_pages": 64, "page_size": 16,
     }  # fmt: skip
-    return GuardedCache(CacheConfig(**{**defaults, **sizes}), device, seed)  # type: ignore[arg-type]
+    return GuardedCache(CacheConfig(**{**defaults, **sizes}), device, seed)
 
 
 def split_heads(x: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,7 +128,7 @@ def split_heads(x: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, torch
 def span_pages(cache: CompactCache, layer: int, row: int, head: int) -> list[int]:
     """The pages that a span holds."""
     held = -(-int(cache.live_len[layer, row, head]) // cache.config.page_size)
-    return cache.page_table[layer, row, head, :held].tolist()  # type: ignore[no-any-return]
+    return cache.page_table[layer, row, head, :held].tolist()
 
 
 def read_span(cache: CompactCache, layer: int, row: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -47,9 +48,9 @@ def test_kernel_equals_reference_in_every_variant(
     shift: int, zero_borrowed: str, use_alpha: bool, use_norms: bool
 ) -> None:
     options = {"shift": shift, "zero_borrowed": zero_borrowed, "use_alpha": use_alpha, "use_norms": use_norms}
-    pair = Pair(**options, heads=(1, 2, 16), rows=2, window=1, page_size=4)
-    for _ in range(5):
-        pair.decode([1, -1, 0])
+    with Pair(**options, heads=(1, 2, 16), rows=2, window=1, page_size=4) as pair:
+        for _ in range(5):
+            pair.decode([1, -1, 0])
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), KERNEL_DTYPES)
@@ -57,19 +58,19 @@ def test_kernel_equals_reference_in_every_variant(
 def test_kernel_equals_reference_in_every_dtype_and_shape(
     heads: tuple[int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
-    pair = Pair(heads=heads, dtype=dtype, kv_dtype=kv_dtype, window=0, rows=2, page_size=2, use_norms=True)
-    for _ in range(3):
-        pair.decode([1, 0])
+    with Pair(heads=heads, dtype=dtype, kv_dtype=kv_dtype, window=0, rows=2, page_size=2, use_norms=True) as pair:
+        for _ in range(3):
+            pair.decode([1, 0])
 
 
 @pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF, FLAG_ALL], ids=["none", "half", "all"])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("window", [0, 1, 7, 64])
 def test_kernel_equals_reference_past_the_window(window: int, shift: int, decision: tuple[float, float]) -> None:
-    pair = Pair(window=window, shift=shift, decision=decision, heads=(1, 1, 16), rows=1, max_tokens=80)
-    pair.prefill([(0, max(1, window - 1))])
-    for _ in range(5):
-        pair.decode([0])
+    with Pair(window=window, shift=shift, decision=decision, heads=(1, 1, 16), rows=1, max_tokens=80) as pair:
+        pair.prefill([(0, max(1, window - 1))])
+        for _ in range(5):
+            pair.decode([0])
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -77,25 +78,25 @@ def test_kernel_equals_reference_past_the_window(window: int, shift: int, decisi
 @pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF], ids=["dense", "evicting"])
 def test_page_edges(page_size: int, pages: int, decision: tuple[float, float]) -> None:
     """From one slot below a full page to one above; a pool that held huge values changes nothing."""
-    pair = Pair(decision=decision, heads=(1, 1, 16), rows=1, page_size=page_size, max_tokens=3 * page_size)
-    length = pages * page_size
-    while int(pair.reference.cache.live_len.min()) < length - 1 and pair.reference.length(0) < 3 * page_size - 4:
-        wanted = length - 1 - int(pair.reference.cache.live_len.min())
-        pair.prefill([(0, min(wanted, 3 * page_size - 4 - pair.reference.length(0)))])
-    for _ in range(3):
-        pair.decode([0])
-    if decision == FLAG_NONE:
-        assert pair.reference.cache.live_len.item() == length + 2
-        assert pair.reference.cache.pages_in_use() == pages + 1
+    with Pair(decision=decision, heads=(1, 1, 16), rows=1, page_size=page_size, max_tokens=3 * page_size) as pair:
+        length = pages * page_size
+        while int(pair.reference.cache.live_len.min()) < length - 1 and pair.reference.length(0) < 3 * page_size - 4:
+            wanted = length - 1 - int(pair.reference.cache.live_len.min())
+            pair.prefill([(0, min(wanted, 3 * page_size - 4 - pair.reference.length(0)))])
+        for _ in range(3):
+            pair.decode([0])
+        if decision == FLAG_NONE:
+            assert pair.reference.cache.live_len.item() == length + 2
+            assert pair.reference.cache.pages_in_use() == pages + 1
 
 
 def test_random_batches_with_padding() -> None:
     generator = torch.Generator().manual_seed(1)
-    pair = Pair(window=3, page_size=4, rows=4, heads=(2, 1, 16), shift=1)
-    for _ in range(12):
-        pair.decode(random_step(generator, 4))
-        if torch.rand((), generator=generator) < 0.2:
-            pair.release([int(torch.randint(4, (), generator=generator))])
+    with Pair(window=3, page_size=4, rows=4, heads=(2, 1, 16), shift=1) as pair:
+        for _ in range(12):
+            pair.decode(random_step(generator, 4))
+            if torch.rand((), generator=generator) < 0.2:
+                pair.release([int(torch.randint(4, (), generator=generator))])
 
 
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
@@ -129,7 +130,7 @@ def test_empty_batch(backend: str) -> None:
 @pytest.mark.parametrize("reason", ["pool", "table"])
 def test_starved_rows_stay_as_they_are(backend: str, reason: str) -> None:
     """No page free, or a span as long as its page table: the span stays, the row is marked, others go on."""
-    limits = {"num_pages": 5} if reason == "pool" else {"max_tokens": 8, "num_pages": 40}
+    limits: dict[str, Any] = {"num_pages": 5} if reason == "pool" else {"max_tokens": 8, "num_pages": 40}
     rig = Rig(backend, decision=FLAG_NONE, page_size=4, rows=2, heads=(2, 1, 16), **limits)
     rig.prefill([(0, 8), (1, 3)] if reason == "table" else [(0, 4), (1, 3)])
     rig.decode([1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,9 +52,9 @@ def test_reference_in_every_dtype(dtype: torch.dtype, kv_dtype: torch.dtype) -> 
 @pytest.mark.parametrize("shift", [0, 1])
 @_FLAGS
 def test_kernel_equals_reference(window: int, shift: int, decision: tuple[float, float]) -> None:
-    pair = Pair(window=window, shift=shift, decision=decision, rows=2, page_size=4, heads=(1, 1, 16))
-    for pieces in ([(0, 1), (1, 9)], [(1, 5), (0, 3)], [(0, 12), (1, 0)]):
-        pair.prefill(pieces, padding=1)
+    with Pair(window=window, shift=shift, decision=decision, rows=2, page_size=4, heads=(1, 1, 16)) as pair:
+        for pieces in ([(0, 1), (1, 9)], [(1, 5), (0, 3)], [(0, 12), (1, 0)]):
+            pair.prefill(pieces, padding=1)
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), KERNEL_DTYPES)
@@ -60,16 +62,16 @@ def test_kernel_equals_reference(window: int, shift: int, decision: tuple[float,
 def test_kernel_in_every_dtype_and_shape(
     heads: tuple[int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
-    pair = Pair(heads=heads, dtype=dtype, kv_dtype=kv_dtype, window=1, rows=1, page_size=4)
-    for tokens in (5, 3):
-        pair.prefill([(0, tokens)])
+    with Pair(heads=heads, dtype=dtype, kv_dtype=kv_dtype, window=1, rows=1, page_size=4) as pair:
+        for tokens in (5, 3):
+            pair.prefill([(0, tokens)])
 
 
 def test_long_chunk_over_a_long_window() -> None:
     """Longer than the window, shorter than it, longer again."""
-    pair = Pair(window=64, heads=(1, 1, 16), rows=1, max_tokens=160, shift=1)
-    for tokens in (70, 3, 66):
-        pair.prefill([(0, tokens)])
+    with Pair(window=64, heads=(1, 1, 16), rows=1, max_tokens=160, shift=1) as pair:
+        for tokens in (70, 3, 66):
+            pair.prefill([(0, tokens)])
 
 
 def test_more_tokens_than_the_kernel_plans_in_one_turn() -> None:
@@ -95,10 +97,10 @@ def test_more_tokens_than_the_kernel_plans_in_one_turn() -> None:
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_page_edges(page_size: int, offset: int) -> None:
-    pair = Pair(decision=FLAG_NONE, heads=(1, 1, 16), rows=1, page_size=page_size, max_tokens=2 * page_size + 2)
-    pair.prefill([(0, page_size + offset)])
-    pair.prefill([(0, page_size)])
-    assert pair.kernel.cache.pages_in_use() == (2 if offset < 1 else 3)
+    with Pair(decision=FLAG_NONE, heads=(1, 1, 16), rows=1, page_size=page_size, max_tokens=2 * page_size + 2) as pair:
+        pair.prefill([(0, page_size + offset)])
+        pair.prefill([(0, page_size)])
+        assert pair.kernel.cache.pages_in_use() == (2 if offset < 1 else 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,7 +132,7 @@ def test_no_tokens_change_nothing(backend: str) -> None:
 @pytest.mark.parametrize("reason", ["pool", "table"])
 def test_starved_spans_stay_as_they_are(backend: str, reason: str) -> None:
     """One row too long for the pool or the table, one that fits: the first is marked and its spans stay."""
-    limits = {"num_pages": 7} if reason == "pool" else {"max_tokens": 8, "num_pages": 40}
+    limits: dict[str, Any] = {"num_pages": 7} if reason == "pool" else {"max_tokens": 8, "num_pages": 40}
     rig = Rig(backend, decision=FLAG_NONE, page_size=4, rows=2, heads=(2, 1, 16), **limits)
     rig.prefill([(0, 4), (1, 2)])
     before = {span: (int(rig.cache.live_len[span]), rig.cache.ring[span].tolist()) for span in spans(rig.cache)}

@@ -18,18 +18,18 @@ _FLAGS = pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF, FLAG_ALL], i
 @_FLAGS
 def test_ragged_chunks(window: int, shift: int, decision: tuple[float, float]) -> None:
     """Rows of uneven history, one of them new, one without tokens; blocks that end inside and at a tile."""
-    pair = Pair(window=window, shift=shift, decision=decision, heads=(1, 2, 16), rows=3, max_tokens=90)
-    pair.prefill([(1, 3)])
-    pair.prefill([(0, 1), (2, 0), (1, 33)], padding=2)
-    pair.prefill([(2, 2), (1, 32)])
+    with Pair(window=window, shift=shift, decision=decision, heads=(1, 2, 16), rows=3, max_tokens=90) as pair:
+        pair.prefill([(1, 3)])
+        pair.prefill([(0, 1), (2, 0), (1, 33)], padding=2)
+        pair.prefill([(2, 2), (1, 32)])
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), KERNEL_DTYPES)
 @pytest.mark.parametrize("heads", HEAD_SHAPES, ids=str)
 def test_shapes_and_dtypes(heads: tuple[int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
-    pair = Pair(heads=heads, dtype=dtype, kv_dtype=kv_dtype, window=3, rows=1, shift=1, zero_borrowed="pre_rope")
-    for tokens in (9, 5):
-        pair.prefill([(0, tokens)])
+    with Pair(heads=heads, dtype=dtype, kv_dtype=kv_dtype, window=3, rows=1, shift=1, zero_borrowed="pre_rope") as pair:
+        for tokens in (9, 5):
+            pair.prefill([(0, tokens)])
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -46,17 +46,17 @@ def test_page_edges(page_size: int, offset: int, decision: tuple[float, float]) 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_kernel_at_page_edges(page_size: int, offset: int) -> None:
-    pair = Pair(decision=FLAG_NONE, page_size=page_size, max_tokens=page_size + 4, heads=(1, 1, 16), rows=1)
-    pair.prefill([(0, page_size + offset)])
-    pair.prefill([(0, 2)])
+    with Pair(decision=FLAG_NONE, page_size=page_size, max_tokens=page_size + 4, heads=(1, 1, 16), rows=1) as pair:
+        pair.prefill([(0, page_size + offset)])
+        pair.prefill([(0, 2)])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_history_and_window(dtype: torch.dtype) -> None:
-    pair = Pair(window=256, heads=(1, 4, 64), rows=1, max_tokens=1600, page_size=64, dtype=dtype, shift=1)
-    for tokens in (1100, 300):
-        pair.prefill([(0, tokens)])
+    with Pair(window=256, heads=(1, 4, 64), rows=1, max_tokens=1600, page_size=64, dtype=dtype, shift=1) as pair:
+        for tokens in (1100, 300):
+            pair.prefill([(0, tokens)])
 
 
 def test_every_flag_is_seen_at_every_distance() -> None:

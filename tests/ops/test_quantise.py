@@ -43,17 +43,17 @@ def test_fp8_never_saturates_into_nan(value: float) -> None:
         assert _dequantised(x).isfinite().all()
 
 
-def test_an_outlier_costs_precision_smoothly() -> None:
-    """The other channels' error grows no faster than the outlier."""
+def test_an_outlier_costs_the_other_channels_little() -> None:
+    """Up to where fp8's exponents end; from there on the error grows with the outlier, without a cliff."""
     x = torch.randn(64, 128)
-    errors = []
-    for outlier in (1.0, 30.0, 600.0):
+    others = torch.arange(128) != 7
+    errors = {}
+    for outlier in (1.0, 30.0, 600.0, 3e4, 3e5):
         x[:, 7] = outlier
-        others = torch.arange(128) != 7
-        errors.append(float((_dequantised(x) - x)[:, others].square().mean().sqrt()))
-    assert errors[0] < errors[1] < errors[2] < 0.5
-    assert errors[1] < 30 * errors[0]
-    assert errors[2] < 20 * errors[1]
+        errors[outlier] = float((_dequantised(x) - x)[:, others].square().mean().sqrt())
+    assert max(errors[30.0], errors[600.0]) < 1.1 * errors[1.0]
+    assert errors[3e4] < 2 * errors[1.0]
+    assert errors[3e5] < 20 * errors[1.0]
 
 
 @pytest.mark.gpu

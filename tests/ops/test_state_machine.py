@@ -15,14 +15,14 @@ class _KernelMachine(CacheMachine):
 
 
 def test_reference() -> None:
-    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=80, stateful_step_count=25))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=80, stateful_step_count=25))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the CUDA machine runs more")
 def test_kernels_in_the_interpreter() -> None:
-    run_state_machine_as_test(_KernelMachine, settings=settings(max_examples=5, stateful_step_count=12))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(_KernelMachine, settings=settings(max_examples=5, stateful_step_count=12))
 
 
 @pytest.mark.gpu
 def test_kernels_on_the_gpu() -> None:
-    run_state_machine_as_test(_KernelMachine, settings=settings(max_examples=60, stateful_step_count=30))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(_KernelMachine, settings=settings(max_examples=50, stateful_step_count=25))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import fastdms.default_model as module
-from fastdms.default_model import default_model
+import fastdms.bundled_model as module
+from fastdms.bundled_model import default_model
 from fastdms.tokenizer import encode_chat, load_tokenizer
 from tests.tiny_tokenizers import smollm2
 
@@ -141,7 +141,7 @@ def test_those_who_ask_at_once_wait_for_one_conversion(tmp_path, conversions):
 
 def test_two_processes_at_once(tmp_path):
     script = """
-import sys, time, fastdms.default_model as module
+import sys, time, fastdms.bundled_model as module
 def convert(source, folder):
     print("converts")
     time.sleep(0.5)
