@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdms.bundled_model import default_model
     from fastdms.completion import Completion, StreamPiece
     from fastdms.config import DMSConfig
-    from fastdms.bundled_model import default_model
     from fastdms.kv_report import KVReport
     from fastdms.llm import LLM
     from fastdms.runtime import CompiledModel, compile

@@ -18,8 +18,9 @@ class Engine:
 
     Admission counts pages that a prompt is expected to keep, with one page per span in reserve for every row that
     runs; a request that finds nothing running is always let in. A row that finds no page is released, and its
-    request waits to be recomputed; its tokens come out the same, since they hang on seed and position. So does every
-    row when a step is broken off by an exception, for its spans may be half written.
+    request waits to be recomputed; its tokens come out the same, since they hang on seed and position (with bf16 or
+    fp8 KV up to rounding: a chunk sees its own keys unrounded). So does every row when a step is broken off by an
+    exception, for its spans may be half written.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int) -> None:
@@ -92,7 +93,7 @@ class Engine:
         while self._waiting and (free := self._free_rows()):
             request = self._waiting[0]
             request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
-            if self._running and request.expected_pages > self._pages_to_spare():
+            if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
                 return
             if self._dense:
                 request.history = self.runner.new_history(len(request.prompt_ids))
@@ -106,17 +107,25 @@ class Engine:
         kept = recent + self._live_share * (num_tokens - recent)
         return config.num_spans * -(-int(kept + 1) // config.page_size)
 
+    def _with_reserve(self, pages: int) -> int:
+        """One page more for each span, up to what a row can hold at most."""
+        config = self.cache.config
+        return min(pages + config.num_spans, config.num_spans * config.max_pages)
+
     def _pages_to_spare(self) -> int:
-        """Free pages, less what prompts under way will still take and one page per span of each row, newcomer's too."""
-        spare = int(self.cache.num_free) - self.cache.config.num_spans * (len(self._running) + 1)
+        """Free pages, less what prompts under way will still take and the reserve of each row."""
+        held = self._pages_held()
+        spare = int(self.cache.num_free)
         for request in self._running:
-            if not request.prefilled:
-                spare -= max(0, request.expected_pages - self._pages_of(request))
+            now = held[_row(request)]
+            spare -= self._with_reserve(now if request.prefilled else max(now, request.expected_pages)) - now
         return spare
 
-    def _pages_of(self, request: Request) -> int:
-        live = self.cache.usage(_row(request), 0).live_tokens
-        return int((-(-live // self.cache.config.page_size)).sum())
+    def _pages_held(self) -> list[int]:
+        """Pages of each row."""
+        pages = -(-self.cache.live_len // self.cache.config.page_size)
+        counts: list[int] = pages.sum((0, 2)).tolist()
+        return counts
 
     def _prefill(self, requests: Sequence[Request]) -> None:
         chunk: list[Request] = []
@@ -170,7 +179,7 @@ class Engine:
     def _starve(self, request: Request, alone: bool) -> None:
         """No page was left for this row: wait for others to finish, or end if there are none."""
         # Growing each time, so that requests which starve each other are let in together only so often.
-        held = self._pages_of(request)
+        held = self._pages_held()[_row(request)]
         request.expected_pages = max(request.expected_pages, held) + self.cache.config.num_spans
         self._leave(request)
         if not alone:

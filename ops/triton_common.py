@@ -62,7 +62,8 @@ def rotate_query(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HAL
 def pop_pages(num_free_ptr, count):
     """Take ``count`` pages off the stack: their first index in ``free_pages``, or -1 if there are too few.
 
-    Compare-and-swap, so that a failed pop never takes pages away from another, even for a moment.
+    Compare-and-swap, so that a failed pop never takes pages away from another, even for a moment. For programs of one
+    warp: each warp of a larger one would read ``num_free`` for itself, and others change it in between.
     """
     free = tl.load(num_free_ptr, volatile=True)
     start = free * 0 - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastdms.cache import CompactCache
 from fastdms.engine import Engine
 from fastdms.request import Request
 from fastdms.sampling_params import SamplingParams
+from tests.models import VOCAB_SIZE, AdapterWeights, adapter_weights, save_checkpoint, tiny_model
 
 STEP_LIMIT = 5000  # far above what any test needs: an engine that makes no progress fails instead of hanging
 
@@ -26,11 +28,10 @@ def engine_of(model: fastdms.CompiledModel) -> Engine:
 def compiled(model: PreTrainedModel | Any, *, pages: int | None = None, **given: Any) -> fastdms.CompiledModel:
     """``fastdms.compile`` for the tests: fp32 on the CPU unless told otherwise; ``pages``: size of the pool."""
     options: dict[str, Any] = {"device": "cpu", "max_context": 256, "max_concurrency": 4} | given
-    result = fastdms.compile(model, **options)
     if pages is None:
-        return result
-    with result:
-        num_bytes = kv_bytes(result, pages)
+        return fastdms.compile(model, **options)
+    with fastdms.compile(model, **options | {"mode": "eager"}) as sized:
+        num_bytes = kv_bytes(sized, pages)
     result = fastdms.compile(model, **options, kv_memory=num_bytes)
     assert engine_of(result).cache.config.num_pages == pages
     return result
@@ -136,3 +137,35 @@ def one(result: fastdms.Completion | list[fastdms.Completion]) -> fastdms.Comple
 def many(result: fastdms.Completion | list[fastdms.Completion]) -> list[fastdms.Completion]:
     assert isinstance(result, list)
     return result
+
+
+FIRST_FLAGGED = VOCAB_SIZE // 2
+
+
+def steered_checkpoint(folder: Path, **overrides: Any) -> tuple[PreTrainedModel, AdapterWeights, Path]:
+    """A model that flags exactly the tokens from ``FIRST_FLAGGED`` on, in every layer and KV head.
+
+    Residual channel 0 says so: the embedding sets it, no layer writes it, and the adapter reads nothing else.
+    Use it under a rule with ``source="adapter"`` and ``shift=0``.
+    """
+    model: Any = tiny_model("qwen3", **overrides)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:FIRST_FLAGGED, 0] = -1.0
+        model.model.embed_tokens.weight[FIRST_FLAGGED:, 0] = 1.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0.0
+            layer.mlp.down_proj.weight[0] = 0.0
+    adapter = adapter_weights(model)
+    for _, projection in adapter.values():
+        projection.zero_()
+        projection[:, 0] = 1.0
+    return model, adapter, save_checkpoint(model, folder, "adapter", adapter=adapter)
+
+
+def steered_tokens(flags: Sequence[bool], *, seed: int = 0) -> list[int]:
+    """Random tokens of which exactly those are flagged."""
+    dice = torch.Generator().manual_seed(seed)
+    kept = torch.randint(3, FIRST_FLAGGED, (len(flags),), generator=dice)
+    flagged = torch.randint(FIRST_FLAGGED, VOCAB_SIZE, (len(flags),), generator=dice)
+    ids: list[int] = torch.where(torch.tensor(flags), flagged, kept).tolist()
+    return ids

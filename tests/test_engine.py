@@ -92,6 +92,19 @@ def test_a_request_in_need_of_pages_is_not_overtaken(weights) -> None:
     assert watch.counts["starved"] == 0, "admission let in more than there was room for"
 
 
+def test_a_pool_for_every_row_serves_every_row(weights) -> None:
+    """By default there are pages for all rows in full: no reserve keeps prompts of full length waiting."""
+    with compiled(weights, dms="off", max_context=128, max_concurrency=3) as model:
+        watch = Watch(model)
+        for length, new in ((120, 8), (127, 1), (64, 64)):
+            requests = [submit(model, tiny_tokens(length), replace(GREEDY, max_tokens=new)) for _ in range(3)]
+            engine_of(model).step()
+            assert all(request.row is not None or request.finished for request in requests)
+            drain(model, requests)
+            check_idle(model)
+    assert watch.counts["starved"] == 0
+
+
 @pytest.mark.parametrize("chunk", [100, 2048])
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_starved_in_prefill_are_recomputed(weights, rule: str, chunk: int) -> None:
@@ -134,24 +147,41 @@ def test_rows_starved_while_decoding_are_recomputed(weights, rule: str) -> None:
         assert all(token in step for token, step in zip(done.token_ids, done.logprobs, strict=True))
 
 
-def test_rows_that_starve_each_other_come_to_an_end(weights) -> None:
-    """Both prompts find no page in the same chunk, again and again if they were let in together each time."""
-    prompts = [tiny_tokens(500, seed=1), tiny_tokens(500, seed=2)]
-    with compiled(weights, dms="off", max_context=1024, max_concurrency=2, pages=40, prefill_chunk=300) as model:
+def test_rows_that_starve_each_other_come_to_an_end() -> None:
+    """Both prompts find no page in the same chunk, with pages left over, and each would have fitted alone."""
+    weights = tiny_model("qwen3", max_position_embeddings=2048)
+    prompts = [tiny_tokens(1200, seed=1), tiny_tokens(1200, seed=2)]  # 19 pages in each of 4 spans
+    params = replace(GREEDY, max_tokens=4)
+    options: dict[str, Any] = {"dms": "off", "max_context": 2048, "max_concurrency": 2}
+    with compiled(weights, **options, pages=94, prefill_chunk=4096) as model:
         watch = Watch(model)
-        requests = [submit(model, prompt, GREEDY) for prompt in prompts]
-        for request in requests:
-            request.expected_pages = 4
-
-        def expects_little(num_tokens: int) -> int:
-            return 4
-
-        engine_of(model)._pages_for = expects_little  # type: ignore[method-assign]
-        drain(model, requests)
+        engine_of(model)._live_share = 0.5  # expects 40 pages of each
+        requests = [submit(model, prompt, params) for prompt in prompts]
+        engine_of(model).step()
+        assert watch.counts["starved"] == 2
+        for _ in range(20):
+            engine_of(model).step()
+        assert all(request.finished for request in requests), "they starve each other again and again"
         check_idle(model)
-    assert watch.counts["starved"] > 0
-    with compiled(weights, dms="off", max_context=1024, max_concurrency=1) as model:
-        assert [request.output_ids for request in requests] == [one(model(p, GREEDY)).token_ids for p in prompts]
+    with compiled(weights, **options) as model:
+        assert [request.output_ids for request in requests] == [
+            one(model(prompt, params)).token_ids for prompt in prompts
+        ]
+
+
+def test_a_starved_request_comes_before_later_ones(weights) -> None:
+    with compiled(weights, dms=MASKED, max_concurrency=2) as model:
+        engine = engine_of(model)
+        first, second, third, fourth = (submit(model, [5 + n], GREEDY) for n in range(4))
+        engine.step()
+        assert engine.running == [first, second]
+        for request in (second, first):
+            engine._starve(request, alone=False)
+        assert engine._waiting == [first, second, third, fourth]
+        engine.step()
+        assert engine.running == [first, second]
+        drain(model, [first, second, third, fourth])
+        check_idle(model)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -189,8 +219,9 @@ def test_a_prompt_that_does_not_fit(weights, rule: str, chunk: int) -> None:
         assert engine_of(model).running in ([], [short]), "what ran beside it still does"
         with pytest.raises(ValueError, match="kv_memory is too small"):
             list(model.stream(tiny_tokens(200), GREEDY))
-        with pytest.raises(ValueError, match=r"kv_memory is too small .* all 7 pages are taken"):
-            model.score(tiny_tokens(200), 150)
+        for prompt_len in (150, 20):  # the prompt, and what comes after it
+            with pytest.raises(ValueError, match=r"kv_memory is too small .* all 7 pages are taken"):
+                model.score(tiny_tokens(200), prompt_len)
         drain(model, [short])
         assert short.output_ids == one(model([5, 6, 7], GREEDY)).token_ids
         check_idle(model)
@@ -218,13 +249,14 @@ def test_a_step_broken_off_leaves_nothing_held(weights, alone, monkeypatch, rule
         expected = one(model(PROMPTS[3], long)).token_ids
         stream = model.stream(PROMPTS[3], long)
         tokens = [token for _ in range(4) for token in next(stream).token_ids]
+        other = submit(model, PROMPTS[1], SEEDED)
         owner, name = PLACES[place](model)
         original, calls = getattr(owner, name), 0
 
         def interrupted(*args: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == 2:
+            if calls == (1 if place == "admission" else 2):  # the first to be admitted is ``other``
                 raise KeyboardInterrupt
             return original(*args)
 
@@ -233,11 +265,16 @@ def test_a_step_broken_off_leaves_nothing_held(weights, alone, monkeypatch, rule
             with pytest.raises(KeyboardInterrupt):
                 model(PROMPTS[:5], GREEDY)
         engine = engine_of(model)
-        assert [request.params for request in (*engine.running, *engine._waiting)] == [long]
+        left = [*engine.running, *engine._waiting]
+        assert all(request is other or request.params is long for request in left), (
+            "the call's requests are still there"
+        )
+        assert (other in left) != other.finished
         done = many(model(PROMPTS[:5], GREEDY))
         assert [completion.token_ids for completion in done] == alone[rule, GREEDY][:5]
         tokens += [token for piece in stream for token in piece.token_ids]
         assert tokens == expected
+        assert other.output_ids == alone[rule, SEEDED][1]
         check_idle(model)
 
 

@@ -20,8 +20,8 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="fastdms inspect", description="Show a model's shape, DMS layout and KV memory per token.")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, a .gguf file or a hub id")
     args = parser.parse_args(argv)
-    from fastdms.checkpoint import open_checkpoint
     from fastdms.bundled_model import default_model
+    from fastdms.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(default_model() if args.model is None else args.model)
     config, dms = checkpoint.config, checkpoint.dms

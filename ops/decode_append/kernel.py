@@ -166,6 +166,7 @@ def decode_append(
     out = q.new_empty(q.shape)
     if batch == 0:
         return out
+    # One warp: other programs change num_free and starved[row], which the warps of a program could read differently.
     _decode_append_kernel[(batch, num_kv_heads)](
         q, k, v, alpha, q_norm, k_norm, cos, sin, positions, rows,
         k_pages, v_pages, k_scales, v_scales, page_table, live_len, ring, free_pages, num_free, starved, out,

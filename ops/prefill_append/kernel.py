@@ -171,11 +171,12 @@ def prefill_append(
         return
     freed = torch.empty((num_chunks, num_kv_heads, window + 1), dtype=torch.int32, device=k.device)
     target = torch.full((tokens, num_kv_heads), -1, dtype=torch.int64, device=k.device)
+    # One warp: other programs change num_free and starved[row], which the warps of a program could read differently.
     _plan_kernel[(num_chunks, num_kv_heads)](
         decisions.contiguous().view(torch.int8), positions, rows, chunk_indptr, page_table, live_len, ring,
         free_pages, num_free, starved, freed, target, page_table.shape[-1],
         HKV=num_kv_heads, PAGE=k_pages.shape[1], WINDOW=window, SHIFT=shift,
-        BLOCK=min(1024, max(16, triton.next_power_of_2(tokens))), num_warps=4,
+        BLOCK=min(1024, max(16, triton.next_power_of_2(tokens))), num_warps=1,
     )  # fmt: skip
     _fill_kernel[(tokens, num_kv_heads)](
         k, v, target, k_pages, v_pages, k_scales, v_scales, *element_strides(k, v),

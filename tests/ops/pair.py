@@ -12,8 +12,8 @@ from tests.tolerance import assert_within_error_budget
 
 
 class Pair:
-    """Two rigs of the same options and inputs, as a context manager. Integer state must agree exactly after every call;
-    numbers within the error budget, over all calls together at the end, since few numbers have an erratic largest error.
+    """Two rigs of the same options and inputs, as a context manager. Integer state must agree exactly after every call,
+    numbers within the error budget over all calls at the end: of a few numbers the largest error is mere chance.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -44,32 +44,38 @@ def test_512_spans_pop_at_once_until_none_is_left() -> None:
     assert sorted(cache.free_pages.tolist()) == list(range(cache.config.num_pages))
 
 
-def test_chunks_of_different_lengths_pop_and_releases_push_at_once() -> None:
+@pytest.mark.parametrize(("rows", "heads", "rounds"), [(64, 8, 30), (1024, 4, 12)])
+def test_chunks_of_different_lengths_pop_and_releases_push_at_once(rows: int, heads: int, rounds: int) -> None:
+    """The pool has room for most of a round, so that some rows starve while others pop."""
     generator = torch.Generator().manual_seed(0)
-    cache = make_cache(DEVICE, num_rows=ROWS, num_kv_heads=HEADS, page_size=4, max_context=64, num_pages=3000)
+    num_pages = rows * heads * 6
+    cache = make_cache(DEVICE, num_rows=rows, num_kv_heads=heads, page_size=4, max_context=64, num_pages=num_pages)
     starved = 0
-    for _ in range(30):
-        lengths = torch.randint(0, 50, (ROWS,), generator=generator)
+    for _ in range(rounds):
+        lengths = torch.randint(0, 50, (rows,), generator=generator)
         indptr = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
         positions = torch.cat([torch.arange(int(n)) for n in lengths])
-        k = torch.randn(positions.numel(), HEADS, 16, device=DEVICE)
+        k = torch.randn(positions.numel(), heads, 16, device=DEVICE)
         prefill_append(
             k, k, torch.zeros(k.shape[:2], dtype=torch.bool, device=DEVICE), cache.layer(0),
-            positions=positions.int().to(DEVICE), rows=torch.arange(ROWS, dtype=torch.int32, device=DEVICE),
+            positions=positions.int().to(DEVICE), rows=torch.arange(rows, dtype=torch.int32, device=DEVICE),
             chunk_indptr=indptr.int().to(DEVICE), shift=0,
         )  # fmt: skip
         check_pool(cache)
-        starved += len(cache.starved_rows())
+        taken = cache.live_len[0].cpu()
+        full = set(range(rows)) - set(cache.starved_rows())
+        assert all(taken[row].tolist() == [int(lengths[row])] * heads for row in full)
+        starved += rows - len(full)
         release(
-            torch.randperm(ROWS, generator=generator).int().to(DEVICE), page_table=cache.page_table,
+            torch.randperm(rows, generator=generator).int().to(DEVICE), page_table=cache.page_table,
             live_len=cache.live_len, free_pages=cache.free_pages, num_free=cache.num_free, starved=cache.starved,
             page_size=4,
         )  # fmt: skip
         cache.k_pages.fill_(torch.nan)
         cache.v_pages.fill_(torch.nan)
-        assert sorted(cache.free_pages.tolist()) == list(range(3000))
-        assert int(cache.num_free) == 3000
-    assert 0 < starved < 30 * ROWS
+        assert sorted(cache.free_pages.tolist()) == list(range(num_pages))
+        assert int(cache.num_free) == num_pages
+    assert 0 < starved < rounds * rows
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])

@@ -74,20 +74,24 @@ def test_long_chunk_over_a_long_window() -> None:
             pair.prefill([(0, tokens)])
 
 
-def test_more_tokens_than_the_kernel_plans_in_one_turn() -> None:
-    """It takes 1,024 at a time."""
-    tokens = 1030
-    k, flags = torch.randn(tokens, 1, 4), torch.rand(tokens, 1) < 0.5
+def test_more_than_the_kernel_plans_in_one_turn() -> None:
+    """It takes 1,024 at a time: tokens of the chunk, and tokens that leave the window."""
+    tokens, window = 1040, 1030
+    k, flags = torch.randn(2 * tokens, 1, 4), torch.rand(2 * tokens, 1) < 0.5
     caches = []
     for backend in BACKENDS:
         with on(backend) as device:
-            cache = make_cache(device, num_rows=1, num_kv_heads=1, head_dim=4, max_context=tokens, num_pages=80)
-            for part in (slice(0, 40), slice(40, tokens)):
+            cache = make_cache(
+                device, num_rows=1, num_kv_heads=1, head_dim=4, page_size=64, window_tokens=window,
+                max_context=2 * tokens, num_pages=40,
+            )  # fmt: skip
+            for start in (0, tokens):
+                part = slice(start, start + tokens)
                 prefill_append(
                     k[part].to(device), k[part].to(device), flags[part].to(device), cache.layer(0),
-                    positions=torch.arange(part.start, part.stop, dtype=torch.int32, device=device),
+                    positions=torch.arange(start, start + tokens, dtype=torch.int32, device=device),
                     rows=torch.zeros(1, dtype=torch.int32, device=device),
-                    chunk_indptr=torch.tensor([0, part.stop - part.start], dtype=torch.int32, device=device), shift=1,
+                    chunk_indptr=torch.tensor([0, tokens], dtype=torch.int32, device=device), shift=1,
                 )  # fmt: skip
         check_pool(cache)
         caches.append(cache)

@@ -96,7 +96,7 @@ def test_a_starved_row_reads_nothing_outside(backend: str) -> None:
     rig = Rig(backend, window=3, rows=2)
     rig.prefill([(0, 6), (1, 5)])
     rig.cache.starved[0] = 1
-    rig.cache.ring[0, 0] |= 1
+    rig.cache.ring[0, 0] = torch.tensor([60 << 1 | 1, 9 << 1 | 1, 63 << 1 | 1, -5], device=rig.device)
     state = rig.cache.copy_to(rig.device)
     k = torch.randn(6, 2, 16, device=rig.device)
 

@@ -87,6 +87,9 @@ def test_the_last_candidate_is_taken_whatever_its_noise(backend: str) -> None:
 def test_greedy(backend: str) -> None:
     logits = torch.tensor([[0.0, 3, 3, -1], [-math.inf, -2, -2, -3], [5, 1, 2, 3], [0, 0, 0, 0]])
     assert _sample(backend, logits, temperature=0.0) == [1, 1, 0, 0]
+    long = torch.zeros(1, 4200)  # two of the kernel's blocks
+    long[0, [30, 4150]] = 1.0
+    assert _sample(backend, long, temperature=0.0) == [30]
     # All else is ignored.
     assert _sample(backend, logits, temperature=0.0, top_k=3, top_p=0.1, min_p=0.9, seeds=4) == [1, 1, 0, 0]
 
@@ -153,7 +156,7 @@ def test_keep_mask_against_its_definition() -> None:
 
 def test_kernel_draws_what_the_reference_draws() -> None:
     generator = torch.Generator().manual_seed(0)
-    for vocab in (1, 50, 300) if DEVICE.type == "cpu" else (1, 50, 300, 5000, 128_256):
+    for vocab in (1, 50, 4200) if DEVICE.type == "cpu" else (1, 50, 300, 5000, 128_256):
         batch = 6
         logits = torch.randn(batch, vocab, generator=generator) * 3
         changes = {

@@ -1,0 +1,95 @@
+"""The static buffers of a step: what is written where, and that padding stays padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdms.graphs import MAX_BANNED, RowInput, StepBuffers, make_buffers
+
+CPU = torch.device("cpu")
+DTYPES = {
+    "tokens": torch.int64,
+    "positions": torch.int32,
+    "rows": torch.int32,
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seeds": torch.int64,
+    "banned_ids": torch.int32,
+    "banned_until": torch.int32,
+}
+
+
+def entry(n: int) -> RowInput:
+    """Every field has a value of its own."""
+    return RowInput(
+        row=n, token=n + 10, position=n + 20, temperature=n + 0.5, top_k=n + 30, top_p=1 / (n + 2), min_p=1 / (n + 3),
+        seed=2**62 + n, banned_ids=tuple(range(n)), banned_until=n + 40,
+    )  # fmt: skip
+
+
+def read(buffers: StepBuffers, index: int) -> RowInput:
+    """An entry as ``RowInput`` again."""
+    b: dict[str, Any] = {name: tensor[index].tolist() for name, tensor in buffers._asdict().items()}
+    return RowInput(
+        row=b["rows"], token=b["tokens"], position=b["positions"], temperature=b["temperature"], top_k=b["top_k"],
+        top_p=b["top_p"], min_p=b["min_p"], seed=b["seeds"], banned_ids=tuple(i for i in b["banned_ids"] if i != -1),
+        banned_until=b["banned_until"],
+    )  # fmt: skip
+
+
+def close(one: RowInput, other: RowInput) -> bool:
+    """Equal, fp32 numbers as far as fp32 goes."""
+    floats = ("temperature", "top_p", "min_p")
+    values = zip(RowInput._fields, one, other, strict=True)
+    return all(a == (pytest.approx(b) if name in floats else b) for name, a, b in values)
+
+
+def test_a_fresh_buffer_is_all_padding() -> None:
+    buffers = make_buffers(5, CPU)
+    assert {name: tensor.dtype for name, tensor in buffers._asdict().items()} == DTYPES
+    assert all(tensor.shape[0] == 5 for tensor in buffers)
+    assert buffers.banned_ids.shape == (5, MAX_BANNED)
+    assert buffers.positions.tolist() == [-1] * 5
+    assert (buffers.banned_ids == -1).all()
+
+
+def test_fill_writes_every_field_and_pads_the_rest() -> None:
+    buffers = make_buffers(4, CPU)
+    addresses = [tensor.data_ptr() for tensor in buffers]
+    for count in (4, 1, 3, 0, 2):  # fewer after more: nothing of the earlier ones may stay
+        entries = [entry(n + count) for n in range(count)]
+        buffers.fill(entries)
+        for index, expected in enumerate(entries):
+            assert close(read(buffers, index), expected)
+        for index in range(count, 4):
+            assert read(buffers, index) == RowInput(row=0, token=0, position=-1)
+    assert [tensor.data_ptr() for tensor in buffers] == addresses, "a captured graph would read the old place"
+
+
+def test_a_buckets_buffers_are_views() -> None:
+    buffers = make_buffers(4, CPU)
+    first = buffers.first(2)
+    assert [tensor.data_ptr() for tensor in first] == [tensor.data_ptr() for tensor in buffers]
+    buffers.fill([entry(n) for n in range(4)])
+    first.fill([entry(9)])
+    assert close(read(buffers, 0), entry(9))
+    assert read(buffers, 1).position == -1
+    assert close(read(buffers, 2), entry(2)), "a smaller bucket writes beyond itself"
+
+
+def test_the_largest_values() -> None:
+    buffers = make_buffers(1, CPU)
+    largest = RowInput(
+        row=255, token=2**31 - 1, position=2**31 - 2, temperature=1e30, top_k=2**31 - 1, top_p=1e-30, seed=2**63 - 1,
+        banned_ids=tuple(range(MAX_BANNED)), banned_until=2**31 - 1,
+    )  # fmt: skip
+    buffers.fill([largest])
+    back = read(buffers, 0)
+    assert (back.top_k, back.seed, back.banned_ids, back.position) == largest[4:5] + largest[7:9] + largest[2:3]
+    assert 0 < back.top_p < 1e-29
+    assert back.temperature < float("inf")

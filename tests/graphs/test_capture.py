@@ -1,0 +1,165 @@
+"""Captured graphs on a GPU: padding touches nothing, replay gives what eager gives, and closing gives memory back."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+import fastdms
+from fastdms.cache import CompactCache
+from fastdms.sampling_params import SamplingParams
+from tests.graphs.generated import allocations, inputs_of_shape, uses
+from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.poison import poison
+from tests.running import check_idle, check_pool, compiled, engine_of, many, one, submit
+from tests.tolerance import assert_logits_close
+
+pytestmark = pytest.mark.gpu
+
+MASKED = dms_config("nvidia", 7)
+STEPS = 200
+GREEDY = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
+SEEDED = replace(GREEDY, temperature=0.8, seed=7)
+OPTIONS: dict[str, Any] = {
+    "device": "cuda", "dtype": "fp32", "kv_dtype": "fp32", "dms": MASKED, "max_concurrency": 8, "max_context": 512,
+}  # fmt: skip
+PROMPTS = [tiny_tokens(length, seed=length) for length in (1, 63, 64, 65, 7, 130, 90)]
+
+
+def graphed(**given: Any) -> fastdms.CompiledModel:
+    return compiled(tiny_model("qwen3"), **OPTIONS | {"mode": "graphs"} | given)
+
+
+def owned_slots(cache: CompactCache) -> torch.Tensor:
+    """[P, S] bool: slots that hold a live token of some span."""
+    owned = torch.zeros(cache.k_pages.shape[:2], dtype=torch.bool)
+    page = cache.config.page_size
+    for table, live in zip(cache.page_table.flatten(0, 2).tolist(), cache.live_len.flatten().tolist(), strict=True):
+        for first in range(0, live, page):
+            owned[table[first // page], : min(page, live - first)] = True
+    return owned.to(cache.k_pages.device)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """Tokens of each prompt, run by itself in bucket 1 of a model that captures nothing; seeded for every other."""
+    with graphed(mode="eager", max_concurrency=1) as model:
+        return [one(model(prompt, SEEDED if n % 2 else GREEDY)).token_ids for n, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("rows", [3, 5, 7])
+def test_padding_touches_no_state(alone: list[list[int]], rows: int) -> None:
+    """Only slots of real rows ever change, their last pages above all; the free count is right at each step."""
+    with graphed() as model:
+        engine, cache = engine_of(model), engine_of(model).cache
+        for tensor in (cache.k_pages, cache.v_pages):
+            poison(tensor)
+        assert model.graphs.stats()["buckets"] == (1, 2, 4, 8)
+        requests = [submit(model, PROMPTS[n], SEEDED if n % 2 else GREEDY) for n in range(rows)]
+        engine.step()
+        assert len(engine.running) == rows
+        padded = 1
+        while not any(request.finished for request in requests):
+            before = (cache.k_pages.clone(), cache.v_pages.clone())
+            used = engine.running
+            engine.step()
+            padded += 1
+            if not all(request in engine.running for request in used):
+                break  # a row that has left owns nothing any more
+            check_pool(cache)
+            owned = owned_slots(cache)
+            for old, new in zip(before, (cache.k_pages, cache.v_pages), strict=True):
+                changed = (old.view(torch.int32) != new.view(torch.int32)).any(-1)
+                assert not (changed & ~owned).any(), "a slot of no real row was written"
+                assert int(changed.sum()) <= rows * 4, "a row writes one slot in each of its 4 spans"
+                assert changed.any()
+        assert padded >= STEPS - 2
+        while not all(request.finished for request in requests):
+            engine.step()
+        check_idle(model)
+        stats = model.graphs.stats()
+    assert [request.output_ids for request in requests] == alone[:rows]
+    bucket = 4 if rows == 3 else 8
+    assert stats["runs"][bucket] >= STEPS - 2
+    assert stats["padded_rows"][bucket] == stats["runs"][bucket] * (bucket - rows)
+
+
+def test_batches_that_change_size_give_the_tokens_of_lone_runs(alone: list[list[int]]) -> None:
+    """Through every bucket and back, as rows join and leave; nothing is captured or compiled on the way."""
+    with graphed(max_concurrency=6, prefill_chunk=40) as model:
+        stats = model.graphs.stats()
+        assert stats["captures"] == stats["compiles"] == len(stats["buckets"]) == 4
+        requests = []
+        for n, prompt in enumerate(PROMPTS):
+            requests.append(submit(model, prompt, replace(SEEDED if n % 2 else GREEDY, max_tokens=20 + 25 * n)))
+            for _ in range(5):
+                engine_of(model).step()
+        while not all(request.finished for request in requests):
+            engine_of(model).step()
+        check_idle(model)
+        after = model.graphs.stats()
+    assert (after["captures"], after["compiles"]) == (4, 4)
+    assert all(runs > 0 for runs in after["runs"].values())
+    assert [request.output_ids for request in requests] == [ids[: 20 + 25 * n] for n, ids in enumerate(alone)]
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("mode", ["compile", "graphs"])
+def test_modes_agree(mode: str, kv_dtype: str) -> None:
+    ids = [tiny_tokens(100, seed=1), tiny_tokens(70, seed=2), tiny_tokens(150, seed=3)]
+    with graphed(mode="eager", kv_dtype=kv_dtype) as eager, graphed(mode=mode, kv_dtype=kv_dtype) as other:
+        expected, actual = (model.score_batch(ids, [60, 9, 129]) for model in (eager, other))
+        assert engine_of(other).cache.k_pages.dtype == engine_of(eager).cache.k_pages.dtype
+    for one_logits, logits in zip(actual, expected, strict=True):
+        # A value on the border between two stored numbers may fall on either side; most rows have none.
+        error = (one_logits - logits).abs().amax(-1) / logits.abs().amax(-1)
+        assert error.isfinite().all()
+        assert (error < 1e-4).float().mean() > 0.5
+        assert_logits_close(one_logits, logits, relative=0.05)
+
+
+def test_the_generated_code_copies_no_cache() -> None:
+    made: list[fastdms.CompiledModel] = []
+    _, code = run_and_get_code(lambda: made.append(graphed(max_context=1024)))
+    with made[0] as model:
+        cache = engine_of(model).cache
+        assert len(code) == 4
+        for source in code:
+            pools = inputs_of_shape(source, tuple(cache.k_pages.shape))
+            assert len(pools) == 2
+            assert all(uses(source, name) == {"decode_append", "decode_attention"} for name in pools)
+            assert max(allocations(source)) < cache.k_pages.numel() // 8
+
+
+def test_closing_gives_the_memory_back() -> None:
+    """Allocated and reserved, five times: graphs, their pool, weights and cache."""
+    seen = []
+    for _ in range(6):
+        model = graphed(max_concurrency=2)
+        assert len(many(model(PROMPTS[:3], replace(GREEDY, max_tokens=5)))) == 3
+        model.close()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert all(after == seen[1] for after in seen[1:]), seen
+    assert seen[0][0] <= seen[1][0] + 2**20
+
+
+def test_peak_memory_is_that_of_eager() -> None:
+    peaks = {}
+    for mode in ("eager", "compile"):
+        for _ in range(2):
+            with graphed(mode=mode, max_context=1024, max_concurrency=4) as model:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                model(PROMPTS[:4], replace(GREEDY, max_tokens=20))
+                peaks[mode] = torch.cuda.max_memory_allocated() - before
+                pool = engine_of(model).cache.k_pages.nbytes
+            gc.collect()
+    assert peaks["compile"] <= peaks["eager"] + pool // 4
