@@ -68,7 +68,9 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: t
 class DecoderLayer(nn.Module):
     """One transformer block with fused qkv and gate_up projections, over one layer of the compact cache."""
 
-    def __init__(self, config: ModelConfig, dms: DMSConfig | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, dms: DMSConfig | None, zero_borrowed: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         c = config
         self.num_heads, self.num_kv_heads, self.head_dim, self.eps = (
@@ -78,7 +80,7 @@ class DecoderLayer(nn.Module):
             c.rms_norm_eps,
         )
         self.shift = dms.shift if dms else 0
-        self.zero_borrowed = dms.zero_borrowed if dms and dms.source == "borrowed_q" else "none"
+        self.zero_borrowed = zero_borrowed
         self.decision = decision_constants(dms.alpha_scale, dms.alpha_offset) if dms else _NEVER_EVICT
 
         def vector(size: int) -> nn.Parameter:
@@ -159,7 +161,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids in, fp32 logits out, over a compact cache. ``num_positions`` bounds the RoPE tables."""
+    """Token ids in, fp32 logits out, over a compact cache.
+
+    num_positions: bounds the RoPE tables. zero_borrowed: where the borrowed query channel is zero although ``dms`` is
+    None (eviction off for a model that was trained so).
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -172,12 +178,17 @@ class Decoder(nn.Module):
         num_positions: int,
         dtype: torch.dtype,
         device: torch.device,
+        zero_borrowed: str = "none",
     ) -> None:
         super().__init__()
         self.config, self.dms = config, dms
+        if dms is not None:
+            zero_borrowed = dms.zero_borrowed if dms.source == "borrowed_q" else "none"
         vocabulary = (config.vocab_size, config.hidden_size)
         self.embed = nn.Parameter(torch.empty(vocabulary, dtype=dtype, device=device), requires_grad=False)
-        self.layers = nn.ModuleList(DecoderLayer(config, dms, dtype, device) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, dms, zero_borrowed, dtype, device) for _ in range(config.num_layers)
+        )
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device), requires_grad=False)
         self.lm_head = self.embed
         if not config.tie_word_embeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import insort
 from collections.abc import Sequence
 
@@ -21,11 +22,14 @@ class Engine:
     request waits to be recomputed; its tokens come out the same, since they hang on seed and position (with bf16 or
     fp8 KV up to rounding: a chunk sees its own keys unrounded). So does every row when a step is broken off by an
     exception, for its spans may be half written.
+
+    Threads may share an engine: every method holds ``lock``, and whoever steps carries all requests on.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int) -> None:
         self.runner = runner
         self.cache = runner.cache
+        self.lock = threading.RLock()
         self._prefill_chunk = prefill_chunk
         self._dense = runner.decoder.dms is not None and runner.decoder.dms.prefill == "dense"
         self._taken_rows: set[int] = set()
@@ -40,41 +44,46 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request, in order of arrival."""
-        insort(self._waiting, request, key=lambda waiting: waiting.arrival)
+        with self.lock:
+            insort(self._waiting, request, key=lambda waiting: waiting.arrival)
 
     def cancel(self, request: Request) -> None:
         """Forget an unfinished request and free its pages; a finished or unknown one is left alone."""
-        if request in self._waiting:
-            self._waiting.remove(request)
-        elif request in self._running:
-            self._leave(request)
+        with self.lock:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif request in self._running:
+                self._leave(request)
 
     def take_rows(self, count: int) -> list[int]:
         """Free rows for direct use of the runner, until ``return_rows``; ValueError if too few are free."""
-        free = self._free_rows()
-        if count > len(free):
-            raise ValueError(
-                f"{count} rows are needed, {len(free)} of {self.cache.config.num_rows} are free; "
-                f"finish other requests first, or give compile a larger max_concurrency"
-            )
-        self._taken_rows.update(free[:count])
-        return free[:count]
+        with self.lock:
+            free = self._free_rows()
+            if count > len(free):
+                raise ValueError(
+                    f"{count} rows are needed, {len(free)} of {self.cache.config.num_rows} are free; "
+                    f"finish other requests first, or give compile a larger max_concurrency"
+                )
+            self._taken_rows.update(free[:count])
+            return free[:count]
 
     def return_rows(self, rows: list[int]) -> None:
         """Release rows that ``take_rows`` gave."""
-        self.runner.release(rows)
-        self._taken_rows.difference_update(rows)
+        with self.lock:
+            self.runner.release(rows)
+            self._taken_rows.difference_update(rows)
 
     def step(self) -> None:
         """Admit what fits, run at most one prefill chunk, then one decode step for every row that is ready."""
-        try:
-            self._step()
-        except BaseException:
-            for request in list(self._running):
-                self._leave(request)
-                if not request.finished and request not in self._waiting:
-                    self.add(request)
-            raise
+        with self.lock:
+            try:
+                self._step()
+            except BaseException:
+                for request in list(self._running):
+                    self._leave(request)
+                    if not request.finished and request not in self._waiting:
+                        self.add(request)
+                raise
 
     def _step(self) -> None:
         self._admit()
@@ -171,8 +180,15 @@ class Engine:
         self._accept([requests[index] for index in kept], tokens[kept], logits[kept])
 
     def _accept(self, requests: Sequence[Request], tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        for request, token, row in zip(requests, tokens.tolist(), logits, strict=True):
-            request.accept(token, row)
+        finite = logits.amax(-1).isfinite().tolist()  # amax hands NaN on
+        for request, token, row, is_finite in zip(requests, tokens.tolist(), logits, finite, strict=True):
+            if is_finite:
+                request.accept(token, row)
+            else:
+                request.error = ValueError(
+                    f"the model's logits are not finite after {request.computed} tokens: its weights, or its dtype "
+                    f"{self.runner.decoder.embed.dtype}, can't carry this prompt"
+                )
             if request.finished:
                 self._leave(request)
 

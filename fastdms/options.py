@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastdms.config import DMSConfig, ModelConfig
 from fastdms.graphs import MODES
 from fastdms.ops import KV_DTYPES
 
-__all__ = ["Options", "resolve_cache", "resolve_dms", "resolve_options"]
+__all__ = ["Options", "resolve_cache", "resolve_dms", "resolve_options", "resolve_zeroing"]
 
 DTYPES = {
     "fp32": torch.float32,
@@ -100,6 +100,11 @@ def resolve_dms(dms: object, declared: DMSConfig | None) -> DMSConfig | None:
     return declared if dms == "auto" else None
 
 
+def resolve_zeroing(declared: DMSConfig | None) -> str:
+    """Where a model with eviction off still sees its borrowed channel as zero: as it was trained."""
+    return declared.zero_borrowed if declared is not None and declared.source == "borrowed_q" else "none"
+
+
 def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) -> CacheConfig:
     """The cache that fits ``options.kv_memory``: bytes, a share of the free memory, or as much as ever needed."""
     fields: dict[str, Any] = {
@@ -155,9 +160,9 @@ def _dtype(dtype: str | torch.dtype | None, config: ModelConfig, device: torch.d
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
-    return value
+    return int(value)
 
 
 def _check_kv_memory(value: object) -> None:
@@ -171,7 +176,9 @@ def _check_kv_memory(value: object) -> None:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _names(values: object) -> str:

@@ -24,7 +24,7 @@ def progress(
     from tqdm import tqdm
 
     stream = sys.stderr
-    shown = stream.isatty() if show is None else show
+    shown = (stream is not None and stream.isatty()) if show is None else show
     return tqdm(
         iterable, desc=desc, total=total, unit=unit, disable=not shown, leave=False, delay=0.5, file=stream,
         dynamic_ncols=True,

@@ -17,7 +17,7 @@ from fastdms.decoder import Decoder
 from fastdms.engine import Engine
 from fastdms.graphs import MAX_BANNED, GraphCache
 from fastdms.kv_report import KVReport, RowUsage
-from fastdms.options import Options, resolve_cache, resolve_dms, resolve_options
+from fastdms.options import Options, resolve_cache, resolve_dms, resolve_options, resolve_zeroing
 from fastdms.progress import progress
 from fastdms.prompts import Prompt, PromptReader, is_single
 from fastdms.request import Request
@@ -52,7 +52,8 @@ def compile(
 
     model: a folder of safetensors, a hub id, a GGUF file, or a transformers model object.
     tokenizer: a transformers tokenizer; None takes the checkpoint's. Without one, prompts are token ids.
-    dms: ``"auto"`` as the checkpoint declares, ``"off"`` never evicts, or an explicit ``DMSConfig``.
+    dms: ``"auto"`` as the checkpoint declares; ``"off"`` never evicts, and is otherwise the model that was trained: a
+        borrowed query channel stays zeroed; or a ``DMSConfig``, which replaces what the checkpoint declares unread.
     device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None takes CUDA where there is one.
     dtype: of weights and computation, ``"fp32"``, ``"bf16"`` or ``"fp16"``; None: as stored on CUDA, fp32 on CPU.
     kv_dtype: ``"fp32"``, ``"bf16"`` or ``"fp8"`` (e4m3 with a scale per token and head); ``"auto"``: fp8 on CUDA, on
@@ -68,7 +69,7 @@ def compile(
 
     Raises ValueError for whatever can't be: it names the argument, file or tensor, and what is allowed.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, read_metadata=not isinstance(dms, DMSConfig))
     config = checkpoint.config
     options = resolve_options(
         config, device=device, dtype=dtype, kv_dtype=kv_dtype, weights=weights, max_concurrency=max_concurrency,
@@ -84,7 +85,13 @@ def compile(
             tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     _end_ids(config, tokenizer)  # refused before the weights are read, not after
     with inference(options.device):
-        decoder = Decoder(config, rule, num_positions=options.max_context, dtype=options.dtype, device=options.device)
+        try:
+            decoder = Decoder(
+                config, rule, num_positions=options.max_context, dtype=options.dtype, device=options.device,
+                zero_borrowed=resolve_zeroing(checkpoint.dms),
+            )  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"no memory on {options.device} for the weights of {checkpoint.name}: {error}") from error
         load_weights(decoder, progress(checkpoint.tensors(), desc=f"loading {checkpoint.name}", unit=" tensors"))
         cache = CompactCache(resolve_cache(config, rule, options), options.device)
     runner = ModelRunner(decoder, cache, mode=options.mode, max_concurrency=options.max_concurrency)
@@ -92,7 +99,10 @@ def compile(
 
 
 class CompiledModel:
-    """A model ready to generate: call it, ``stream`` it, ``score`` with it; ``close`` it or use it in a ``with``."""
+    """A model ready to generate: call it, ``stream`` it, ``score`` with it; ``close`` it or use it in a ``with``.
+
+    Threads may share one model: their requests run side by side.
+    """
 
     def __init__(
         self,
@@ -134,7 +144,7 @@ class CompiledModel:
             with progress(total=len(requests), desc="generating", unit=" requests") as bar:
                 done = 0
                 while done < len(requests):
-                    engine.step()
+                    self._open_engine().step()
                     finished = sum(request.finished for request in requests)
                     bar.update(finished - done)
                     done = finished
@@ -210,21 +220,25 @@ class CompiledModel:
     def score_batch(self, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int]) -> list[torch.Tensor]:
         """``score`` of several sequences, run together; at most ``max_concurrency`` of them."""
         engine = self._open_engine()
+        if not isinstance(token_ids, (list, tuple)) or not isinstance(prompt_lens, (list, tuple)):
+            raise ValueError("score_batch takes a list of sequences and a list of prompt lengths")
         if len(token_ids) != len(prompt_lens):
             raise ValueError(f"{len(token_ids)} sequences and {len(prompt_lens)} prompt lengths")
         sequences = [self._prompts.read_scored(ids, length) for ids, length in zip(token_ids, prompt_lens, strict=True)]
-        rows = engine.take_rows(len(sequences))
-        try:
-            logits = score(engine.runner, rows, sequences, prompt_lens, self.options.prefill_chunk)
-            self._last_call = [engine.cache.usage(row, len(ids)) for row, ids in zip(rows, sequences, strict=True)]
-            return logits
-        finally:
-            engine.return_rows(rows)
+        with engine.lock:
+            rows = engine.take_rows(len(sequences))
+            try:
+                logits = score(engine.runner, rows, sequences, prompt_lens, self.options.prefill_chunk)
+                self._last_call = [engine.cache.usage(row, len(ids)) for row, ids in zip(rows, sequences, strict=True)]
+                return logits
+            finally:
+                engine.return_rows(rows)
 
     def kv_report(self) -> KVReport:
         """KV memory of the rows in flight, or, when there are none, of those of the last finished call."""
         engine = self._open_engine()
-        in_flight = [engine.cache.usage(r.row, r.computed) for r in engine.running if r.row is not None]
+        with engine.lock:
+            in_flight = [engine.cache.usage(r.row, r.computed) for r in engine.running if r.row is not None]
         return self._report(in_flight or self._last_call)
 
     @property
@@ -235,8 +249,9 @@ class CompiledModel:
     def close(self) -> None:
         """Free the weights, the cache and the graphs; any later use raises ValueError. Closing twice is fine."""
         if self._engine is not None:
-            self._engine.runner.graphs.close()
-            self._engine = None
+            with self._engine.lock:
+                self._engine.runner.graphs.close()
+                self._engine = None
             if self.options.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -27,18 +27,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default=None)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
-    from fastdms.tools.shapes import SHAPES
-
-    if args.shape not in SHAPES:
-        print(f"fastdms bench: error: --shape must be one of {', '.join(SHAPES)}, got {args.shape!r}", file=sys.stderr)
-        return 2
     try:
+        _check(args)
         for row in _measure(args):
             print(json.dumps(row), flush=True)
     except ValueError as error:
         print(f"fastdms bench: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    from fastdms.tools.shapes import SHAPES
+
+    if args.shape not in SHAPES:
+        raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {args.shape!r}")
+    for name, least in (("context", 1), ("new_tokens", 2), ("repeats", 1), ("window", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if not 0.0 < args.kept <= 1.0:
+        raise ValueError(f"--kept must be in (0, 1], got {args.kept}")
 
 
 def _measure(args: argparse.Namespace) -> Any:

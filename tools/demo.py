@@ -29,11 +29,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n\nKV cache ({str(model.options.kv_dtype).removeprefix('torch.')} pages):\n{report}")
             if model.dms is None:
                 print("\nThis model has no trained eviction, so eviction is off and every token is kept.")
-            share = report.bytes_in_use / report.dense_bytes
-            compact, dense = f"{report.bytes_in_use:,}", f"{report.dense_bytes:,}"
-            print(
-                f"\nCompact cache: {compact} bytes; dense bf16 cache of the same tokens: {dense} bytes ({share:.2f}x)."
-            )
+            size = report.bytes_in_use / report.dense_bytes
+            sizes = f"{report.bytes_in_use:,} bytes in use; a dense bf16 cache would take {report.dense_bytes:,}"
+            verdict = f"{size:.2f} times as much" if size >= 1 else f"{1 / size:.2f} times less"
+            print(f"\nCompact cache: {sizes}, so this is {verdict}.")
     except ValueError as error:
         print(f"fastdms demo: error: {error}", file=sys.stderr)
         return 2

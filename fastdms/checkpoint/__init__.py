@@ -46,33 +46,36 @@ class Checkpoint:
         return self.source()
 
 
-def open_checkpoint(model: str | os.PathLike[str] | transformers.PreTrainedModel) -> Checkpoint:
+def open_checkpoint(
+    model: str | os.PathLike[str] | transformers.PreTrainedModel, *, read_metadata: bool = True
+) -> Checkpoint:
     """Reads a model's description and checks that its files are whole; weights are read by ``Checkpoint.tensors``.
 
     model: a folder with config.json and safetensors, a .gguf file (any part of a split one), a hub id ``owner/name``,
         or a transformers model in memory.
+    read_metadata: False leaves DMS metadata unread, and ``Checkpoint.dms`` None.
 
     Raises ValueError that names the file and what is wrong with it, or what isn't supported, and ImportError for a GGUF
     file without the ``gguf`` package.
     """
     if not isinstance(model, str | os.PathLike):
         if isinstance(model, transformers.PreTrainedModel):
-            return _from_object(model)
+            return _from_object(model, read_metadata)
         raise ValueError(f"model must be a path, a hub id or a transformers model, got {type(model).__name__}")
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.is_dir() and name:
-        return _from_folder(name, path)
+        return _from_folder(name, path, read_metadata)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{name} is neither a folder nor a .gguf file; give the folder that holds the model")
         return _from_gguf(name, path)
     if path.suffix == ".gguf" or not is_hub_id(name):
         raise ValueError(f"{name!r} is no existing folder or .gguf file, and no hub id of the form owner/name")
-    return _from_folder(name, download_folder(name))
+    return _from_folder(name, download_folder(name), read_metadata)
 
 
-def _from_folder(name: str, folder: Path) -> Checkpoint:
+def _from_folder(name: str, folder: Path, read_metadata: bool) -> Checkpoint:
     config_path, generation_path = folder / "config.json", folder / "generation_config.json"
     if not config_path.exists():
         raise ValueError(f"{config_path} is missing")
@@ -82,11 +85,11 @@ def _from_folder(name: str, folder: Path) -> Checkpoint:
     config = parse_config(values, generation, str(config_path), torch.float32)
     weights = SafetensorsFolder(folder)
     config = _as_stored(config, weights.dtypes)
-    dms = read_dms(values, str(config_path), folder, weights.dtypes, config)
+    dms = read_dms(values, str(config_path), folder, weights.dtypes, config) if read_metadata else None
     return Checkpoint(name=name, config=config, dms=dms, tokenizer_path=folder, source=weights.tensors)
 
 
-def _from_object(model: Any) -> Checkpoint:
+def _from_object(model: Any, read_metadata: bool) -> Checkpoint:
     name = model.name_or_path or type(model).__name__
     where = f"the configuration of {type(model).__name__}"
     bases = [base.__name__ for base in type(model).__mro__]
@@ -97,7 +100,7 @@ def _from_object(model: Any) -> Checkpoint:
     config = parse_config(values, generation, where, torch.float32)
     weights = ModelObject(model)
     config = _as_stored(config, weights.dtypes)
-    dms = read_dms(values, where, origin_folder(model), weights.dtypes, config)
+    dms = read_dms(values, where, origin_folder(model), weights.dtypes, config) if read_metadata else None
     return Checkpoint(name=name, config=config, dms=dms, tokenizer_path=tokenizer_folder(model), source=weights.tensors)
 
 

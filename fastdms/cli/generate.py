@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fastdms.cli.options import Parser, add_model_options, add_sampling_options, open_model, sampling_params
@@ -22,6 +23,8 @@ def run(argv: Sequence[str]) -> int:
     if len(args.words) > 2:
         raise ValueError(f"expected a model and a prompt, got {len(args.words)} arguments: quote the prompt")
     args.model, text = (None, *args.words) if len(args.words) == 1 else args.words
+    if args.model is None and (Path(text).is_dir() or text.endswith(".gguf")):
+        raise ValueError(f"{text} is a model and there is no prompt: fastdms generate MODEL PROMPT")
     params = sampling_params(args)
     if args.stream and args.logprobs is not None:
         raise ValueError("--logprobs can't be used with --stream")

@@ -29,6 +29,7 @@ def sample(
         iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32: keeps
         p_i >= min_p * max p.
         Equal logits are kept or dropped together, and the likeliest token always stays.
+        A row whose largest logit is NaN or infinite gives an arbitrary id.
     seeds: ``[B]`` int64 >= 0. positions: ``[B]`` int32, the position the token will have. The choice is
         argmax(log p_i - log e_i) with exponential e_i from Philox4x32-10, keyed by the seed, at counter
         (i, position, 0, 0), so a request repeats itself whatever runs beside it.

@@ -72,10 +72,11 @@ def sample(
         if bool(positions[b] < banned_until[b]):
             banned = banned_ids[b][banned_ids[b] >= 0].long()
             x = x.index_fill(0, banned, float("-inf"))
-        if b not in noise_of:
+        largest = x.max()
+        if b not in noise_of or not bool(largest.isfinite()):
             tokens[b] = x.argmax()
             continue
-        scaled = (x - x.max()) / temperature[b]
+        scaled = (x - largest) / temperature[b]
         keep = keep_mask(scaled, int(top_k[b]), float(top_p[b]), float(min_p[b]))
         tokens[b] = (scaled - noise_of[b]).masked_fill(~keep, float("-inf")).argmax()
     return tokens

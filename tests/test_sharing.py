@@ -1,0 +1,63 @@
+"""One model, several threads; and models that can't carry a prompt."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastdms
+from tests.models import save_checkpoint, tiny_model, tiny_tokens
+from tests.running import check_idle, compiled, one
+
+PROMPTS = [tiny_tokens(40, seed=seed) for seed in range(6)]
+
+
+def test_threads_share_a_model() -> None:
+    """Calls, streams and scores from six threads give what they give alone, and leave nothing held."""
+    model = compiled(tiny_model("llama"), prefill_chunk=16, max_concurrency=3)
+    alone = [one(model(prompt, temperature=0, max_tokens=20, ignore_eos=True)).token_ids for prompt in PROMPTS]
+    logits = model.score(PROMPTS[0], 30)
+    got: dict[int, list[int]] = {}
+    scores: list[torch.Tensor] = []
+
+    def work(index: int) -> None:
+        if index % 2:
+            done = one(model(PROMPTS[index], temperature=0, max_tokens=20, ignore_eos=True))
+            got[index] = done.token_ids
+        else:
+            pieces = model.stream(PROMPTS[index], temperature=0, max_tokens=20, ignore_eos=True)
+            got[index] = [token for piece in pieces for token in piece.token_ids]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    scores.append(model.score(PROMPTS[0], 30))
+    assert [got[index] for index in range(len(PROMPTS))] == alone
+    assert torch.equal(scores[0], logits)
+    check_idle(model)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}])
+def test_logits_that_are_not_finite_are_an_error(sampling: dict[str, Any]) -> None:
+    weights = tiny_model("llama_bias")
+    weights.model.embed_tokens.weight.data[5] = torch.nan
+    model = compiled(weights)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model([5], **sampling)
+    check_idle(model)
+    assert one(model([7, 8], temperature=0, max_tokens=3, ignore_eos=True)).finish_reason == "length"
+
+
+def test_a_rule_given_by_hand_leaves_the_declared_one_unread(tmp_path: Path) -> None:
+
+    folder = save_checkpoint(tiny_model("llama"), tmp_path)
+    (folder / "dms_metadata.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"dms_metadata\.json"):
+        compiled(folder)
+    assert compiled(folder, dms=fastdms.DMSConfig(window_tokens=3)).dms == fastdms.DMSConfig(window_tokens=3)
