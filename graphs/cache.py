@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ class GraphCache:
         if self._mode == "compile":
             compiled(inputs)
             return _Entry(inputs, lambda: compiled(inputs))
-        stream = torch.cuda.Stream()
+        stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
@@ -121,6 +122,12 @@ class GraphCache:
 
 def _closed(inputs: StepBuffers) -> StepOutput:
     raise ValueError("this graph cache is closed")
+
+
+@functools.cache
+def _warm_up_stream(device_index: int) -> torch.cuda.Stream:
+    """One for all models of a device: cuBLAS keeps a workspace for each stream that it ever ran on."""
+    return torch.cuda.Stream(device_index)
 
 
 def _own_code(step: Step) -> Step:

@@ -3,8 +3,8 @@
 Metadata is taken from the first of these that exists:
 
 1. ``dms_metadata.json`` in the model's folder;
-2. ``training_log.json`` in the folder's parent, when its ``config`` object names a scale, an offset or a target
-   ratio (a window alone may be another trainer's);
+2. ``training_log.json`` in the folder's parent, when its ``config`` object names a window, a scale, an offset or a
+   target ratio;
 3. the model's own configuration, when it has one of the ``dms_`` keys below;
 4. adapter tensors alone, with default values.
 
@@ -132,7 +132,7 @@ def _metadata_file(folder: Path) -> _Place | None:
     path = folder.resolve().parent / "training_log.json"
     if path.exists():
         log = read_json_object(path).get("config")
-        if isinstance(log, dict) and any(key in log for key in (*_SCALE, *_OFFSET, *_TARGET)):
+        if isinstance(log, dict) and any(key in log for key in (*_WINDOW, *_SCALE, *_OFFSET, *_TARGET)):
             return _from_file(path, log)
     return None
 
