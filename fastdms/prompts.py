@@ -13,7 +13,7 @@ from fastdms.config import ModelConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "PromptReader", "is_single"]
+__all__ = ["Prompt", "PromptReader", "is_chat", "is_single"]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -25,6 +25,11 @@ def is_single(prompts: object) -> bool:
     if isinstance(prompts, (torch.Tensor, bytes, bytearray, memoryview)) or not isinstance(prompts, Sequence):
         raise ValueError(f"a prompt is text, a list of token ids or a list of messages, got {type(prompts).__name__}")
     return bool(prompts) and isinstance(prompts[0], (numbers.Integral, Mapping))
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether this prompt is a list of messages."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 class PromptReader:

@@ -19,7 +19,7 @@ from fastdms.graphs import MAX_BANNED, GraphCache
 from fastdms.kv_report import KVReport, RowUsage
 from fastdms.options import Options, resolve_cache, resolve_dms, resolve_options, resolve_zeroing
 from fastdms.progress import progress
-from fastdms.prompts import Prompt, PromptReader, is_single
+from fastdms.prompts import Prompt, PromptReader, is_chat, is_single
 from fastdms.request import Request
 from fastdms.runner import ModelRunner, inference
 from fastdms.sampling_params import MAX_STOPS, SamplingParams
@@ -130,14 +130,18 @@ class CompiledModel:
         Returns a ``Completion``, or a list in the order of the prompts. Raises ValueError, before anything runs, for a
         prompt that is empty, too long or out of the vocabulary, and afterwards for one that found no KV memory.
         """
-        engine = self._open_engine()
         params = _sampling(params, sampling)
-        single = is_single(prompts)
-        if single:
-            prompt_ids = [self._prompts.read(cast(Prompt, prompts))]
-        else:
-            prompt_ids = self._prompts.read_all(cast(Sequence[Prompt], prompts))
-        requests = [self._request(ids, params) for ids in prompt_ids]
+        if is_single(prompts):
+            prompt_ids = self._prompts.read(cast(Prompt, prompts))
+            return self._complete([self._request(prompt_ids, params, answers=is_chat(prompts))])[0]
+        listed = cast(Sequence[Prompt], prompts)
+        read = zip(listed, self._prompts.read_all(listed), strict=True)
+        return self._complete([self._request(ids, params, answers=is_chat(prompt)) for prompt, ids in read])
+
+    generate = __call__
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        engine = self._open_engine()
         try:
             for request in requests:
                 engine.add(request)
@@ -155,10 +159,7 @@ class CompiledModel:
         for request in requests:
             if request.error is not None:
                 raise request.error
-        completions = [self._completion(request) for request in requests]
-        return completions[0] if single else completions
-
-    generate = __call__
+        return [self._completion(request) for request in requests]
 
     def chat(
         self,
@@ -172,8 +173,9 @@ class CompiledModel:
 
         allow_control_tokens: whether text that spells a control token becomes that token.
         """
+        self._open_engine()
         ids = self._prompts.read_chat(messages, allow_control_tokens=allow_control_tokens)
-        return cast(Completion, self(ids, params, **sampling))
+        return self._complete([self._request(ids, _sampling(params, sampling), answers=True)])[0]
 
     def stream(
         self,
@@ -191,7 +193,7 @@ class CompiledModel:
         """
         self._open_engine()
         ids = self._prompts.read(prompt, allow_control_tokens=allow_control_tokens)
-        return self._pieces(self._request(ids, _sampling(params, sampling)))
+        return self._pieces(self._request(ids, _sampling(params, sampling), answers=is_chat(prompt)))
 
     def _pieces(self, request: Request) -> Iterator[StreamPiece]:
         try:
@@ -268,7 +270,8 @@ class CompiledModel:
             raise ValueError("this model is closed")
         return self._engine
 
-    def _request(self, prompt_ids: list[int], params: SamplingParams) -> Request:
+    def _request(self, prompt_ids: list[int], params: SamplingParams, *, answers: bool) -> Request:
+        """``answers``: the text answers a chat, rather than going on where the prompt ends."""
         for token in params.stop_ids:
             if token >= self.config.vocab_size:
                 raise ValueError(f"stop_token_ids has {token}; the vocabulary has {self.config.vocab_size} tokens")
@@ -276,7 +279,9 @@ class CompiledModel:
             raise ValueError("stop strings need a tokenizer; pass tokenizer= to compile, or use stop_token_ids")
         text = None
         if self.tokenizer is not None:
-            text = TextStream(self.tokenizer, params.stop_strings, prompt_ids, min_tokens=params.min_tokens)
+            text = TextStream(
+                self.tokenizer, params.stop_strings, () if answers else prompt_ids, min_tokens=params.min_tokens
+            )
         self._arrivals += 1
         return Request(
             arrival=self._arrivals, prompt_ids=prompt_ids, params=params, end_ids=self._end_ids,

@@ -115,7 +115,7 @@ class Watch:
 
 def submit(model: fastdms.CompiledModel, ids: Sequence[int], params: SamplingParams) -> Request:
     """Queue a request without waiting for it."""
-    request = model._request(list(ids), params)
+    request = model._request(list(ids), params, answers=False)
     engine_of(model).add(request)
     return request
 

@@ -11,7 +11,8 @@ import torch
 
 import fastdms
 from tests.models import save_checkpoint, tiny_model, tiny_tokens
-from tests.running import check_idle, compiled, one
+from tests.running import check_idle, compiled, engine_of, one
+from tests.tiny_tokenizers import CHATML, sentencepiece
 
 PROMPTS = [tiny_tokens(40, seed=seed) for seed in range(6)]
 
@@ -61,3 +62,25 @@ def test_a_rule_given_by_hand_leaves_the_declared_one_unread(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"dms_metadata\.json"):
         compiled(folder)
     assert compiled(folder, dms=fastdms.DMSConfig(window_tokens=3)).dms == fastdms.DMSConfig(window_tokens=3)
+
+
+def test_an_answer_does_not_begin_with_the_space_of_a_continuation() -> None:
+    """A sentencepiece word brings its space: right where a text goes on, wrong where a chat is answered."""
+    tokenizer = sentencepiece(template=CHATML)
+    word = next(ids for ids in range(3, 300) if tokenizer.convert_ids_to_tokens(ids).startswith("\u2581"))
+    weights = tiny_model("llama_bias")
+    weights.lm_head.weight.data.zero_()
+    model = compiled(weights, tokenizer=tokenizer)
+    chat: list[dict[str, str]] = [{"role": "user", "content": "a"}]
+    fixed: dict[str, Any] = {"temperature": 0, "max_tokens": 2, "ignore_eos": True}
+    runner = engine_of(model).runner
+    sample = runner.sample
+    runner.sample = lambda logits, inputs: torch.full_like(sample(logits, inputs), word)  # type: ignore[method-assign]
+    answers = [
+        model.chat(chat, **fixed).text,
+        one(model(chat, **fixed)).text,
+        "".join(piece.text for piece in model.stream(chat, **fixed)),
+    ]
+    continued = one(model(model._prompts.read(chat), **fixed)).text
+    assert continued.startswith(" ")
+    assert answers == [continued[1:]] * 3

@@ -52,6 +52,8 @@ def _report(args: argparse.Namespace) -> None:
             patch,
             fastdms.compile(source, device="cpu", kv_dtype=kv_dtype, max_concurrency=1, max_context=total) as model,
         ):
+            if model.tokenizer is None:
+                raise ValueError(f"{source} has no tokenizer, which reading the text needs")
             ids = encode_prompt(model.tokenizer, text[: 16 * total])[:total]
             if len(ids) < total:
                 raise ValueError(f"{args.text} has {len(ids)} tokens; {total} are needed")
