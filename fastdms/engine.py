@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from fastdms.request import Request
-from fastdms.runner import ModelRunner, PrefillPiece
+from fastdms.runner import ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["Engine"]
 
@@ -31,7 +31,6 @@ class Engine:
         self.cache = runner.cache
         self.lock = threading.RLock()
         self._prefill_chunk = prefill_chunk
-        self._dense = runner.decoder.dms is not None and runner.decoder.dms.prefill == "dense"
         self._taken_rows: set[int] = set()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -104,7 +103,7 @@ class Engine:
             request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
             if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
                 return
-            if self._dense:
+            if self.runner.dense_prefill:
                 request.history = self.runner.new_history(len(request.prompt_ids))
             request.row, request.computed = free[0], 0
             self._running.append(request)
@@ -137,24 +136,11 @@ class Engine:
         return counts
 
     def _prefill(self, requests: Sequence[Request]) -> None:
-        chunk: list[Request] = []
-        pieces: list[PrefillPiece] = []
-        room = self._prefill_chunk
-        for request in requests:
-            end = min(len(request.to_compute), request.computed + room)
-            history = request.history
-            if history is not None:  # a dense chunk stands alone and ends with the prompt
-                end = min(end, len(request.prompt_ids))
-            ids = request.to_compute[request.computed : end]
-            if not ids or (pieces and (history is not None or pieces[0].history is not None)):
-                break
-            pieces.append(PrefillPiece(row=_row(request), token_ids=ids, start=request.computed, history=history))
-            chunk.append(request)
-            room -= len(ids)
+        pieces = fill_chunk(map(_remainder, requests), self._prefill_chunk)
         logits = self.runner.prefill(pieces)
         starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
         ready: list[tuple[Request, torch.Tensor]] = []
-        for index, (request, piece) in enumerate(zip(chunk, pieces, strict=True)):
+        for index, (request, piece) in enumerate(zip(requests, pieces, strict=False)):  # the first of them
             if request.row in starved:
                 self._starve(request, alone)
                 continue
@@ -226,3 +212,10 @@ class Engine:
 def _row(request: Request) -> int:
     assert request.row is not None, "the request holds no row"
     return request.row
+
+
+def _remainder(request: Request) -> PrefillPiece:
+    """All that is still to prefill; of a dense prompt, up to its end."""
+    end = None if request.history is None else len(request.prompt_ids)
+    ids = request.to_compute[request.computed : end]
+    return PrefillPiece(row=_row(request), token_ids=ids, start=request.computed, history=request.history)

@@ -10,7 +10,7 @@ import torch
 
 from fastdms.cache import CacheConfig
 from fastdms.config import DMSConfig, ModelConfig
-from fastdms.graphs import MODES
+from fastdms.graphs import check_mode
 from fastdms.ops import KV_DTYPES
 
 __all__ = ["Options", "resolve_cache", "resolve_dms", "resolve_options", "resolve_zeroing"]
@@ -71,10 +71,7 @@ def resolve_options(
         kv_dtype = "fp8" if place.type == "cuda" else "bf16" if compute == torch.bfloat16 else "fp32"
     if mode is None:
         mode = "graphs" if place.type == "cuda" else "eager"
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {_names(MODES)}, got {mode!r}")
-    if mode == "graphs" and place.type != "cuda":
-        raise ValueError(f"mode 'graphs' needs a CUDA device and this is {place}; use 'compile' or 'eager'")
+    check_mode(mode, place)
     limit = config.max_position_embeddings
     context = _integer("max_context", limit if max_context is None else max_context, 2, limit)
     if kv_memory is not None:

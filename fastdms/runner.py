@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from fastdms.decoder import Chunk, Decoder, DenseHistory
 from fastdms.graphs import GraphCache, RowInput, StepBuffers, StepOutput, decode_buckets, make_buffers
 from fastdms.ops import sample
 
-__all__ = ["ModelRunner", "PrefillPiece", "inference"]
+__all__ = ["ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
 
 
 @contextmanager
@@ -37,12 +37,28 @@ class PrefillPiece:
     history: DenseHistory | None = None
 
 
+def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[PrefillPiece]:
+    """The beginnings of ``remainders``, in order, that make one chunk of at most ``num_tokens`` tokens.
+
+    A piece with a dense history stands alone. The chunk's pieces belong to the first of the remainders.
+    """
+    pieces: list[PrefillPiece] = []
+    for piece in remainders:
+        ids = piece.token_ids[:num_tokens]
+        if not ids or (pieces and (piece.history is not None or pieces[0].history is not None)):
+            break
+        pieces.append(replace(piece, token_ids=ids))
+        num_tokens -= len(ids)
+    return pieces
+
+
 class ModelRunner:
     """Owns the decoder, its cache and the graph cache of its decode step."""
 
     def __init__(self, decoder: Decoder, cache: CompactCache, *, mode: str, max_concurrency: int) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.embed.device
+        self.dense_prefill = decoder.dms is not None and decoder.dms.prefill == "dense"
 
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)

@@ -8,7 +8,7 @@ import torch
 
 from fastdms.decoder import DenseHistory
 from fastdms.graphs import RowInput
-from fastdms.runner import ModelRunner, PrefillPiece
+from fastdms.runner import ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["score"]
 
@@ -22,20 +22,19 @@ def score(
     Raises ValueError when the cache has no page left.
     """
     out: list[list[torch.Tensor]] = [[] for _ in sequences]
-    dense = runner.decoder.dms is not None and runner.decoder.dms.prefill == "dense"
-    histories: dict[int, DenseHistory] = {i: runner.new_history(n) for i, n in enumerate(prompt_lens)} if dense else {}
+    histories: dict[int, DenseHistory] = {}
+    if runner.dense_prefill:
+        histories = {i: runner.new_history(length) for i, length in enumerate(prompt_lens)}
     done = [0] * len(sequences)
     while pending := [i for i, length in enumerate(prompt_lens) if done[i] < length]:
-        pieces, taken, room = [], [], chunk
-        for i in pending[:1] if dense else pending:
-            ids = sequences[i][done[i] : min(prompt_lens[i], done[i] + room)]
-            if ids:
-                pieces.append(PrefillPiece(row=rows[i], token_ids=ids, start=done[i], history=histories.get(i)))
-                taken.append(i)
-                room -= len(ids)
+        remainders = (
+            PrefillPiece(row=rows[i], token_ids=sequences[i][done[i] : end], start=done[i], history=histories.get(i))
+            for i, end in ((i, prompt_lens[i]) for i in pending)
+        )
+        pieces = fill_chunk(remainders, chunk)
         logits = runner.prefill(pieces).cpu()
         _check_pages(runner)
-        for i, piece, row in zip(taken, pieces, logits, strict=True):
+        for i, piece, row in zip(pending, pieces, logits, strict=False):  # the first of them
             done[i] += len(piece.token_ids)
             if done[i] == prompt_lens[i]:
                 out[i].append(row)

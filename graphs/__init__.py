@@ -2,7 +2,7 @@
 
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
 from fastdms.graphs.buffers import MAX_BANNED, RowInput, StepBuffers, make_buffers
-from fastdms.graphs.cache import MODES, GraphCache, Step, StepOutput
+from fastdms.graphs.cache import MODES, GraphCache, Step, StepOutput, check_mode
 
 __all__ = [
     "MAX_BANNED",
@@ -12,6 +12,7 @@ __all__ = [
     "Step",
     "StepBuffers",
     "StepOutput",
+    "check_mode",
     "choose_bucket",
     "decode_buckets",
     "make_buffers",

@@ -15,7 +15,7 @@ from fastdms.graphs.bucket import choose_bucket
 from fastdms.graphs.buffers import RowInput, StepBuffers, make_buffers
 from fastdms.graphs.capture import capture
 
-__all__ = ["MODES", "GraphCache", "Step", "StepOutput"]
+__all__ = ["MODES", "GraphCache", "Step", "StepOutput", "check_mode"]
 
 MODES = ("graphs", "compile", "eager")
 StepOutput = tuple[torch.Tensor, torch.Tensor]  # sampled tokens [B] int64, logits [B, V] fp32
@@ -45,6 +45,14 @@ class _Inductor:
         return compiled
 
 
+def check_mode(mode: str, device: torch.device) -> None:
+    """ValueError unless ``mode`` is one of ``MODES`` that runs on ``device``."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if mode == "graphs" and device.type != "cuda":
+        raise ValueError(f"mode 'graphs' needs a CUDA device, got {device}; use 'compile' or 'eager'")
+
+
 class GraphCache:
     """Runs decode steps of any batch size up to the largest bucket.
 
@@ -54,11 +62,8 @@ class GraphCache:
     """
 
     def __init__(self, step: Step, *, mode: str, buckets: Sequence[int], device: torch.device) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if mode == "graphs" and device.type != "cuda":
-            raise ValueError(f"mode 'graphs' needs a CUDA device, got {device}; use 'compile' or 'eager'")
-        self._step, self._mode, self._buckets, self._device = step, mode, tuple(buckets), device
+        check_mode(mode, device)
+        self._step, self._mode, self._buckets = step, mode, tuple(buckets)
         self._buffers = make_buffers(self._buckets[-1], device)
         self._entries: dict[int, _Entry] = {}
         self._backend = _Inductor()  # the compiler never forgets it, so it holds nothing of this object

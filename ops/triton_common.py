@@ -46,8 +46,8 @@ def store_token(
 
 
 @triton.jit
-def rotate_query(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HALF: tl.constexpr, ZERO: tl.constexpr):
-    """RoPE of one query head and its store; ``borrowed``: this head's last channel is the decision's."""
+def store_rotated(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HALF: tl.constexpr, ZERO: tl.constexpr):
+    """RoPE of one query or key head and its store; ``borrowed``: its last channel is the decision's."""
     last = o_half == HALF - 1
     if ZERO > 0 and borrowed:
         second = tl.where(last, 0.0, second)

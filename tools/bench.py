@@ -8,12 +8,14 @@ import sys
 import time
 from typing import Any
 
+from fastdms.cli.options import Parser
+
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run every combination of the arguments; one JSON line each on stdout."""
-    parser = argparse.ArgumentParser(prog="fastdms bench", description=__doc__)
+    """One JSON line for each concurrency on stdout; ValueError for arguments that can't be."""
+    parser = Parser(prog="fastdms bench", description=__doc__)
     parser.add_argument("--shape", default="llama-3.2-1b", help="llama-3.2-1b, qwen3-8b or tiny")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, default=8192, help="prompt tokens of each row")
@@ -27,13 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default=None)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
-    try:
-        _check(args)
-        for row in _measure(args):
-            print(json.dumps(row), flush=True)
-    except ValueError as error:
-        print(f"fastdms bench: error: {error}", file=sys.stderr)
-        return 2
+    _check(args)
+    for row in _measure(args):
+        print(json.dumps(row), flush=True)
     return 0
 
 
@@ -102,4 +100,6 @@ def _timed(model: Any, prompts: list[list[int]], new_tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastdms.cli import main as command_line
+
+    sys.exit(command_line(["bench", *sys.argv[1:]]))

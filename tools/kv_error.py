@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fastdms.cli.options import Parser
+
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print one line per KV dtype: mean and largest KL divergence (nats/token) and the share of equal greedy tokens."""
-    parser = argparse.ArgumentParser(prog="fastdms kv-error", description=__doc__)
+    parser = Parser(prog="fastdms kv-error", description=__doc__)
     parser.add_argument("model", nargs="?", help="folder, hub id or GGUF file; none: the default model")
     parser.add_argument("--text", required=True, help="a text file; its beginning is scored")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--decode-tokens", type=int, default=128)
     args = parser.parse_args(argv)
-    try:
-        _report(args)
-    except (ValueError, OSError) as error:
-        print(f"fastdms kv-error: error: {error}", file=sys.stderr)
-        return 2
+    _report(args)
     return 0
 
 
@@ -59,12 +57,13 @@ def _report(args: argparse.Namespace) -> None:
                 raise ValueError(f"{args.text} has {len(ids)} tokens; {total} are needed")
             logprobs[name] = model.score(ids, args.prompt_tokens).log_softmax(-1)
     exact = logprobs["fp32"]
+    if not torch.isfinite(exact).all():
+        raise ValueError(f"the logits of {source} are not finite, even with fp32 pages")
     print(f"{total} tokens, of which {args.prompt_tokens} prefilled; KL(fp32 pages || dtype) in nats/token")
     for name, other in logprobs.items():
         divergence = (exact.exp() * (exact - other)).sum(-1)
         match = (exact.argmax(-1) == other.argmax(-1)).float().mean()
         print(f"{name:<14} mean {divergence.mean():.6f}  max {divergence.max():.6f}  greedy match {match:.1%}")
-    assert torch.isfinite(exact).all()
 
 
 @contextmanager
@@ -82,4 +81,6 @@ def _no_scale() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastdms.cli import main as command_line
+
+    sys.exit(command_line(["kv-error", *sys.argv[1:]]))

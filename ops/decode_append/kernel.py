@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import element_strides, load_halves, pop_pages, rotate_query, store_token
+from fastdms.ops.triton_common import element_strides, load_halves, pop_pages, store_rotated, store_token
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _decode_append_kernel(
         if g == 0 and not HAS_ALPHA:
             decision_input = tl.sum(tl.where(o_half == HALF - 1, second, 0.0), 0)
         out = out_ptr + (i_b.to(tl.int64) * HKV * G + head) * (2 * HALF)
-        rotate_query(out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
+        store_rotated(out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
     decision = (decision_input * decision_scale > decision_threshold).to(tl.int32)
 
     row = tl.maximum(tl.load(rows_ptr + i_b), 0).to(tl.int64)

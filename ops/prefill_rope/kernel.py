@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import element_strides, load_halves, rotate_query
+from fastdms.ops.triton_common import element_strides, load_halves, store_rotated
 
 
 @triton.jit
@@ -58,12 +58,14 @@ def _prefill_rope_kernel(
         if g == 0 and not HAS_ALPHA:
             decision_input = tl.sum(tl.where(o_half == HALF - 1, second, 0.0), 0)
         p_out = q_out_ptr + (i_t * HKV * G + head) * (2 * HALF)
-        rotate_query(p_out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
+        store_rotated(p_out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
     decision = decision_input * decision_scale > decision_threshold
     tl.store(decision_ptr + i_t * HKV + i_h, decision.to(tl.int8))
     p_k = k_ptr + i_t * stride_k_token + i_h * stride_k_head
     first, second = load_halves(p_k, k_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM)
-    rotate_query(k_out_ptr + (i_t * HKV + i_h) * (2 * HALF), first, second, cos, sin, False, o_half, m_half, HALF, ZERO)
+    store_rotated(
+        k_out_ptr + (i_t * HKV + i_h) * (2 * HALF), first, second, cos, sin, False, o_half, m_half, HALF, ZERO
+    )
 
 
 def prefill_rope(

@@ -71,7 +71,7 @@ def test_a_step_runs_in_the_smallest_bucket() -> None:
 
 
 def test_refused_modes() -> None:
-    with pytest.raises(ValueError, match="mode must be one of graphs, compile, eager, got 'fast'"):
+    with pytest.raises(ValueError, match="mode must be one of 'graphs', 'compile', 'eager', got 'fast'"):
         GraphCache(Toy(), mode="fast", buckets=(1,), device=CPU)
     with pytest.raises(ValueError, match="mode 'graphs' needs a CUDA device, got cpu"):
         GraphCache(Toy(), mode="graphs", buckets=(1,), device=CPU)
