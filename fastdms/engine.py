@@ -80,7 +80,10 @@ class Engine:
             except BaseException:
                 for request in list(self._running):
                     self._leave(request)
-                    if not request.finished and request not in self._waiting:
+                    if request.finished:
+                        continue
+                    request.usage = None  # half a step is in the spans
+                    if request not in self._waiting:
                         self.add(request)
                 raise
 
@@ -142,7 +145,7 @@ class Engine:
         ready: list[tuple[Request, torch.Tensor]] = []
         for index, (request, piece) in enumerate(zip(requests, pieces, strict=False)):  # the first of them
             if request.row in starved:
-                self._starve(request, alone)
+                self._starve(request, alone, lost_tokens=len(piece.token_ids))
                 continue
             request.computed += len(piece.token_ids)
             if request.computed >= len(request.prompt_ids):
@@ -159,7 +162,7 @@ class Engine:
         starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
         for request in requests:
             if request.row in starved:
-                self._starve(request, alone)
+                self._starve(request, alone, lost_tokens=1)
             else:
                 request.computed += 1
         kept = [index for index, request in enumerate(requests) if request.row is not None]
@@ -178,12 +181,12 @@ class Engine:
             if request.finished:
                 self._leave(request)
 
-    def _starve(self, request: Request, alone: bool) -> None:
+    def _starve(self, request: Request, alone: bool, lost_tokens: int) -> None:
         """No page was left for this row: wait for others to finish, or end if there are none."""
         # Growing each time, so that requests which starve each other are let in together only so often.
         held = self._pages_held()[_row(request)]
         request.expected_pages = max(request.expected_pages, held) + self.cache.config.num_spans
-        self._leave(request)
+        self._leave(request, lost_tokens)
         if not alone:
             self.add(request)
         elif request.output_ids:
@@ -194,9 +197,10 @@ class Engine:
                 f"{self.cache.config.num_pages} pages ({self.cache.geometry.bytes_pool:,} bytes); give more kv_memory"
             )
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, lost_tokens: int = 0) -> None:
+        """``lost_tokens``: of a step that found no page; the spans that had room for them hold them all the same."""
         row = _row(request)
-        request.usage = self.cache.usage(row, request.computed)
+        request.usage = self.cache.usage(row, request.computed + lost_tokens)
         self._learn(request)
         self.runner.release([row])
         self._running.remove(request)
@@ -204,9 +208,10 @@ class Engine:
 
     def _learn(self, request: Request) -> None:
         usage, window = request.usage, self.cache.config.window_tokens + 1
-        if usage is not None and usage.num_tokens > 2 * window:
+        # Without tokens that found no page: some spans lack them, and too small a share would let too many rows in.
+        if usage is not None and request.computed > 2 * window:
             kept = float(usage.live_tokens.mean()) - window
-            self._live_share = min(1.0, max(0.0, kept / (usage.num_tokens - window)))
+            self._live_share = min(1.0, max(0.0, kept / (request.computed - window)))
 
 
 def _row(request: Request) -> int:

@@ -13,7 +13,10 @@ __all__ = ["CacheGeometry", "KVReport", "RowUsage"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowUsage:
-    """One row: ``num_tokens`` seen, and how many each span kept: ``live_tokens`` int64 ``[L, Hkv]``."""
+    """One row: ``num_tokens`` seen, and how many each span kept: ``live_tokens`` int64 ``[L, Hkv]``.
+
+    Seen are also the tokens of a step at which the row found no page, although not every span could take them.
+    """
 
     num_tokens: int
     live_tokens: npt.NDArray[np.int64]

@@ -30,7 +30,7 @@ from fastdms.weights import load_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["CompiledModel", "compile"]
+__all__ = ["CompiledModel", "IncompleteError", "compile"]
 
 
 def compile(
@@ -98,6 +98,17 @@ def compile(
     return CompiledModel(config, rule, options, runner, tokenizer)
 
 
+class IncompleteError(ValueError):
+    """Some prompts of a call could not be completed; the message names the first of them, and why.
+
+    completions: in the order of the prompts, None where there is none.
+    """
+
+    def __init__(self, message: str, completions: Sequence[Completion | None] = ()) -> None:
+        super().__init__(message)
+        self.completions = list(completions)
+
+
 class CompiledModel:
     """A model ready to generate: call it, ``stream`` it, ``score`` with it; ``close`` it or use it in a ``with``.
 
@@ -128,7 +139,8 @@ class CompiledModel:
         params: one ``SamplingParams`` for all; or give its fields as keywords.
 
         Returns a ``Completion``, or a list in the order of the prompts. Raises ValueError, before anything runs, for a
-        prompt that is empty, too long or out of the vocabulary, and afterwards for one that found no KV memory.
+        prompt that is empty, too long or out of the vocabulary, and afterwards ``IncompleteError``, a ValueError, for
+        one that found no KV memory or whose logits are not finite: its ``completions`` are those of the other prompts.
         """
         params = _sampling(params, sampling)
         if is_single(prompts):
@@ -145,21 +157,21 @@ class CompiledModel:
         try:
             for request in requests:
                 engine.add(request)
-            with progress(total=len(requests), desc="generating", unit=" requests") as bar:
-                done = 0
-                while done < len(requests):
+            most = sum(request.max_tokens for request in requests)
+            with progress(total=most, desc="generating", unit=" tokens") as bar:
+                while not all(request.finished for request in requests):
                     self._open_engine().step()
-                    finished = sum(request.finished for request in requests)
-                    bar.update(finished - done)
-                    done = finished
+                    if not bar.disable:
+                        _count_tokens(bar, requests)
         finally:
             for request in requests:
                 engine.cancel(request)
             self._last_call = [request.usage for request in requests if request.usage is not None] or self._last_call
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-        return [self._completion(request) for request in requests]
+        errors = {index: request.error for index, request in enumerate(requests) if request.error is not None}
+        completions = [self._completion(request) if request.error is None else None for request in requests]
+        if errors:
+            raise _incomplete(errors, completions)
+        return cast(list[Completion], completions)
 
     def chat(
         self,
@@ -303,6 +315,26 @@ class CompiledModel:
     def _report(self, rows: Sequence[RowUsage]) -> KVReport:
         cache = self._open_engine().cache
         return KVReport.of(rows, cache.geometry, (cache.config.num_layers, cache.config.num_kv_heads))
+
+
+def _count_tokens(bar: Any, requests: Sequence[Request]) -> None:
+    """Set ``bar`` to the tokens that came, of those that can: a request that ended early leaves the rest out."""
+    bar.total = sum(len(request.output_ids) if request.finished else request.max_tokens for request in requests)
+    bar.update(sum(len(request.output_ids) for request in requests) - bar.n)
+
+
+def _incomplete(errors: Mapping[int, ValueError], completions: Sequence[Completion | None]) -> IncompleteError:
+    """``errors``: of the prompts without a completion, by their index."""
+    index, first = next(iter(errors.items()))
+    message, count = str(first), len(completions)
+    if count > 1:
+        message = (
+            f"prompt {index} of {count}: {message}; {len(errors)} of {count} prompts failed, "
+            f"the completions of the others are in `completions` of this error"
+        )
+    error = IncompleteError(message, completions)
+    error.__cause__ = first
+    return error
 
 
 def _end_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy
 import pytest
@@ -128,6 +129,37 @@ def test_which_call_is_reported(weights) -> None:
         assert model.kv_report().rows == 4, "a queued request holds nothing"
         drain(model, waiting)
         assert model.kv_report().tokens == 12
+
+
+@pytest.mark.parametrize(("chunk", "computed"), [(2048, 0), (128, 0), (64, 64), (16, 64)])
+def test_the_chunk_that_found_no_page_counts(weights, chunk: int, computed: int) -> None:
+    """Seven pages, four spans, no eviction: none finds a second page for all of them, but some of them do."""
+    prompt = tiny_tokens(200)
+    with compiled(weights, dms="off", pages=7, prefill_chunk=chunk) as model:
+        engine = engine_of(model)
+        engine._live_share = 0.25
+        with pytest.raises(ValueError, match="kv_memory is too small"):
+            model(prompt, PARAMS)
+        report = model.kv_report()
+        seen = min(computed + chunk, len(prompt))
+        assert (report.rows, report.tokens) == (1, seen)
+        assert report.live_tokens.max() == seen
+        assert report.live_tokens.min() == computed
+        assert 0 < report.live_share < 1
+        check_arithmetic(report, engine.cache)
+        assert engine._live_share == (1.0 if computed else 0.25), "a span that lacks a chunk evicts nothing"
+
+
+def test_a_call_that_is_broken_off_is_not_reported(weights, monkeypatch) -> None:
+    """Its spans hold half a step, and nobody knows of how many tokens."""
+    with compiled(weights, dms=MASKED) as model:
+        model(PROMPTS[1], PARAMS)
+        before = str(model.kv_report())
+        layer = engine_of(model).runner.decoder.layers[1]
+        monkeypatch.setattr(layer, "prefill", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model([PROMPTS[0], PROMPTS[2]], PARAMS)
+        assert str(model.kv_report()) == before
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "fp8"])

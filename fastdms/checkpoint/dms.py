@@ -4,7 +4,7 @@ Metadata is taken from the first of these that exists:
 
 1. ``dms_metadata.json`` in the model's folder;
 2. ``training_log.json`` in the folder's parent, when its ``config`` object names a window, a scale, an offset or a
-   target ratio;
+   target ratio; a file of that name that holds anything else belongs to another trainer, and is ignored;
 3. the model's own configuration, when it has one of the ``dms_`` keys below;
 4. adapter tensors alone, with default values.
 
@@ -130,11 +130,20 @@ def _metadata_file(folder: Path) -> _Place | None:
     if path.exists():
         return _from_file(path, read_json_object(path))
     path = folder.resolve().parent / "training_log.json"
-    if path.exists():
-        log = read_json_object(path).get("config")
-        if isinstance(log, dict) and any(key in log for key in (*_WINDOW, *_SCALE, *_OFFSET, *_TARGET)):
-            return _from_file(path, log)
-    return None
+    log = _training_config(path) if path.is_file() else None
+    return None if log is None else _from_file(path, log)
+
+
+def _training_config(path: Path) -> dict[str, Any] | None:
+    """The ``config`` object of a DMS trainer's log; None of any other file."""
+    try:
+        config = read_json_object(path).get("config")
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # nobody can tell what it holds
+        return None
+    is_ours = isinstance(config, dict) and any(key in config for key in (*_WINDOW, *_SCALE, *_OFFSET, *_TARGET))
+    return config if is_ours else None
 
 
 def _from_file(path: Path, values: dict[str, Any]) -> _Place:

@@ -26,8 +26,8 @@ def sample(
 
     temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores all below.
     top_k: ``[B]`` int32, 0 off: keeps logits >= the k-th largest. top_p: ``[B]`` fp32: of what is left, keeps token i
-        iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32: keeps
-        p_i >= min_p * max p.
+        iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32 in
+        [0, 1]: keeps p_i >= min_p * max p, compared as logarithms: 1 keeps the largest logits alone, however hot.
         Equal logits are kept or dropped together, and the likeliest token always stays.
         A row whose largest logit is NaN or infinite gives an arbitrary id.
     seeds: ``[B]`` int64 >= 0. positions: ``[B]`` int32, the position the token will have. The choice is

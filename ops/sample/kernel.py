@@ -59,7 +59,10 @@ def _sample_kernel(
     num_banned,
     BLOCK: tl.constexpr,
 ):
-    """argmax_i log p_i - log e_i over the kept i; scratch holds the distances (max - x_i) / temperature."""
+    """argmax_i log p_i - log e_i over the kept i; scratch holds the distances (max - x_i) / temperature.
+
+    Top-k, top-p and min-p each bound the distance; min-p by -log(min_p), for near the maximum exp rounds to 1.
+    """
     i_b = tl.program_id(0).to(tl.int64)
     logits_ptr += i_b * stride_logits_row
     scratch_ptr += i_b * vocab
@@ -101,6 +104,8 @@ def _sample_kernel(
             total = _mass_within(scratch_ptr, limit, limit, vocab, False, BLOCK)
             limit = _smallest_within(scratch_ptr, top_p * total, limit, vocab, False, BLOCK)
         min_p = tl.load(min_p_ptr + i_b)
+        if min_p > 0.0:
+            limit = tl.minimum(limit, tl.abs(tl.log(min_p)).to(tl.int32, bitcast=True))
         seed = tl.load(seeds_ptr + i_b)
 
         best = -float("inf")
@@ -114,7 +119,7 @@ def _sample_kernel(
             u = tl.minimum(u, _LARGEST_UNIFORM)
             series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
             noise = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
-            keep = (distance.to(tl.int32, bitcast=True) <= limit) & (tl.exp(-distance) >= min_p) & (o_v < vocab)
+            keep = (distance.to(tl.int32, bitcast=True) <= limit) & (o_v < vocab)
             score = tl.where(keep, -distance - tl.log(noise), -float("inf"))
             block_best, block_token = tl.max(score, 0, return_indices=True)
             token = tl.where(block_best > best, first + block_token, token)

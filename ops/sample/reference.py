@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 _MASK = 0xFFFFFFFF
@@ -47,7 +49,7 @@ def keep_mask(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> t
         threshold = ordered[(p.cumsum(0) - p < top_p).nonzero()[-1, 0]]
     keep = scaled >= threshold
     if min_p > 0.0:
-        keep &= scaled.exp() >= min_p
+        keep &= scaled >= math.log(min_p)  # probabilities would round to equal ones where the temperature is high
     return keep
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -121,22 +122,12 @@ def test_trainer_output_folder(folder: Path) -> None:
 
 def test_hipengine_metadata(folder: Path) -> None:
     values = {
-        "artifact_fingerprint": "abc",
-        "model_family": "llama",
-        "num_layers": 2,
-        "num_q_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "window_size": 64,
-        "target_compression_ratio": 4.0,
-        "alpha_scale": 50.0,
-        "alpha_offset": 2.5,
-        "borrowed_query_channel": -1,
-        "zero_borrowed_query_channel": True,
-        "corrected_mask": True,
+        "artifact_fingerprint": "abc", "model_family": "llama", "evidence_source": "eval",
+        "num_layers": 2, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+        "window_size": 64, "target_compression_ratio": 4.0, "alpha_scale": 50.0, "alpha_offset": 2.5,
+        "borrowed_query_channel": -1, "zero_borrowed_query_channel": True, "corrected_mask": True,
         "trained_checkpoint": True,
-        "evidence_source": "eval",
-    }
+    }  # fmt: skip
     expected = replace(SHISA, window_tokens=64, alpha_scale=50.0, alpha_offset=2.5, target_compression=4.0)
     for changes, meaning in (
         ({}, expected),
@@ -205,11 +196,29 @@ def test_metadata_file_comes_before_training_log_before_config(folder: Path) -> 
     assert _read(own, folder) == replace(SHISA, window_tokens=3)
 
 
-@pytest.mark.parametrize("log", [{}, {"config": {"lr": 1e-5, "context_len": 4096}}, {"config": [1]}, {"loss": [1, 2]}])
-def test_training_log_of_another_trainer_is_ignored(folder: Path, log: dict[str, Any]) -> None:
-    (folder.parent / "training_log.json").write_text(json.dumps(log))
+OTHER_LOGS = [
+    "", "{", "[]", "3", "\x00", "\x80", "[" * 100_000, '{"step": 1}\n{"step": 2}', '{"config": {"window_size": ',
+    "{}", '{"config": {"lr": 1e-5, "context_len": 4096}}', '{"config": [1]}', '{"config": null}', '{"loss": [1, 2]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("log", OTHER_LOGS, ids=lambda log: repr(log[:20]))
+def test_training_log_of_another_trainer_is_ignored(folder: Path, log: str) -> None:
+    (folder.parent / "training_log.json").write_text(log, encoding="latin-1")
     assert _read(folder=folder) is None
     assert _read({"dms_cr": 4, "model_type": "qwen3"}, folder) == replace(NVIDIA, target_compression=4.0)
+
+
+def test_training_log_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be what declares the eviction, a folder can't."""
+    path = folder.parent / "training_log.json"
+    path.mkdir()
+    assert _read(folder=folder) is None
+    path.rmdir()
+    path.touch()
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError("denied")))
+    with pytest.raises(ValueError, match=f"^{path} is not readable JSON: denied"):
+        _read(folder=folder)
 
 
 def test_training_log_is_found_from_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,10 +362,9 @@ def test_lies_in_the_other_places(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "\x00"])
 def test_corrupt_metadata_file(folder: Path, content: str) -> None:
-    for path in (folder.parent / "training_log.json", folder / "dms_metadata.json"):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=f"^{path} "):
-            _read(folder=folder)
+    (folder / "dms_metadata.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^{folder}/dms_metadata.json "):
+        _read(folder=folder)
 
 
 KEYS = (

@@ -115,7 +115,9 @@ def test_extreme_settings_leave_the_best_token(backend: str) -> None:
     vocab = 40
     row = torch.randn(vocab, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16).float() * 10
     best = int(row.argmax())
-    grid = list(itertools.product((0.0, 1e-8, 1e-4, 100.0), (1e-8, 1e-3, 1.0), (0, 1, vocab, vocab + 1), (0.0, 1.0)))
+    grid = list(
+        itertools.product((0.0, 1e-8, 1e-4, 100.0, 1e30), (1e-8, 1e-3, 1.0), (0, 1, vocab, vocab + 1), (0.0, 1.0))
+    )
     columns = dict(zip(("temperature", "top_p", "top_k", "min_p"), map(list, zip(*grid, strict=True)), strict=True))
     chosen = _sample(backend, row.repeat(len(grid), 1), seeds=list(range(len(grid))), **columns)
     for (temperature, top_p, top_k, min_p), token in zip(grid, chosen, strict=True):
@@ -123,6 +125,21 @@ def test_extreme_settings_leave_the_best_token(backend: str) -> None:
         if temperature < 1e-3 or top_p < 1e-2 or top_k == 1 or min_p == 1.0:
             assert token == best, (temperature, top_p, top_k, min_p)
     assert any(token != best for token in chosen)
+
+
+LARGEST_BELOW_ONE = 1 - 2.0**-24  # in fp32; -log of it is 5.96e-8
+
+
+@pytest.mark.parametrize(
+    ("min_p", "expected"),
+    [(1.0, {0, 2}), (LARGEST_BELOW_ONE, {0, 1, 2, 3, 4}), (0.9999, {0, 1, 2, 3, 4, 5, 6}), (0.0, set(range(8)))],
+)
+def test_min_p_near_one_where_it_is_hot(min_p: float, expected: set[int]) -> None:
+    """At temperature 1000 the probabilities of all these but the last lie within two steps of fp32 of the largest."""
+    logits = -torch.tensor([[0.0, 2e-5, 0.0, 4e-5, 5e-5, 7e-5, 1.1e-4, 200.0]]).repeat(128, 1)
+    drawn = [_sample(b, logits, seeds=list(range(128)), temperature=1e3, min_p=min_p) for b in BACKENDS]
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
