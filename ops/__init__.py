@@ -9,6 +9,7 @@ from fastdms.ops.prefill_rope import prefill_rope
 from fastdms.ops.release import release
 from fastdms.ops.rope_decide import decision_constants
 from fastdms.ops.sample import sample
+from fastdms.ops.soft_attention import soft_attention
 from fastdms.ops.span_cache import KV_DTYPES, SpanCache
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "prefill_rope",
     "release",
     "sample",
+    "soft_attention",
 ]

@@ -45,6 +45,12 @@ class Call:
         flags = normal(size, _KV_HEADS) > 0
         history = {"k_history": normal(40, _KV_HEADS, _DIM), "v_history": normal(40, _KV_HEADS, _DIM)}
         weights = {"alpha": normal(size, _KV_HEADS), "q_norm": normal(_DIM), "k_norm": normal(_DIM)}
+        # Two rows of ``size`` tokens, as heads that lie token by token.
+        soft_q, soft_k, soft_v = (
+            normal(2, size, (_GROUP + 2) * _KV_HEADS, _DIM)
+            .transpose(1, 2)
+            .split((_GROUP * _KV_HEADS, _KV_HEADS, _KV_HEADS), 1)
+        )
         self.inputs: dict[str, torch.Tensor] = {
             "decode_append": {"q": q, "k": k, "v": v, **weights, **tables, **batch},
             "decode_attention": {"q": q, **batch},
@@ -52,6 +58,7 @@ class Call:
             "prefill_append": {"k": k, "v": v, "decisions": flags, **chunk},
             "prefill_attention": {"q": q, "k": k, "v": v, "decisions": flags, **chunk},
             "dense_attention": {"q": q, "k": k, "v": v, "positions": chunk["positions"], **history},
+            "soft_attention": {"q": soft_q, "k": soft_k, "v": soft_v, "log_keep": -normal(2, _KV_HEADS, size).abs()},
             "release": {"rows": rows},
             "sample": {
                 "logits": normal(size, 50), "temperature": normal(size).abs(), "top_p": normal(size).sigmoid(),
@@ -74,8 +81,10 @@ class Call:
             names = ("page_table", "live_len", "free_pages", "num_free", "starved")
             return function(**inputs, **dict(zip(names, state, strict=True)), page_size=4)
         options: dict[str, Any] = {}
-        if self.op not in ("dense_attention", "prefill_rope", "sample"):
+        if self.op not in ("dense_attention", "prefill_rope", "sample", "soft_attention"):
             options["cache"] = SpanCache(*state)
+        if self.op == "soft_attention":
+            options["window_tokens"] = 1
         if self.op.endswith("attention"):
             options["sm_scale"] = 0.25
         if self.op in ("decode_append", "prefill_append", "prefill_attention"):

@@ -27,6 +27,7 @@ OPS = (
     "prefill_rope",
     "release",
     "sample",
+    "soft_attention",
 )
 STATE = (
     "k_pages", "v_pages", "k_scales", "v_scales", "page_table", "live_len", "ring", "free_pages", "num_free", "starved",
@@ -66,6 +67,9 @@ def on(backend: str) -> Iterator[torch.device]:
             for op in OPS:
                 reference, kernel = (importlib.import_module(f"fastdms.ops.{op}.{part}") for part in BACKENDS)
                 patch.setattr(reference, op, getattr(kernel, op))
+            from fastdms.ops.soft_attention import backward_kernel, reference
+
+            patch.setattr(reference, "soft_attention_backward", backward_kernel.soft_attention_backward)
         yield DEVICE if backend == "kernel" else CPU
 
 
