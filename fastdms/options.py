@@ -13,7 +13,7 @@ from fastdms.config import DMSConfig, ModelConfig
 from fastdms.graphs import check_mode
 from fastdms.ops import KV_DTYPES
 
-__all__ = ["Options", "resolve_cache", "resolve_dms", "resolve_options", "resolve_zeroing"]
+__all__ = ["Options", "resolve_cache", "resolve_device", "resolve_dms", "resolve_options", "resolve_zeroing"]
 
 DTYPES = {
     "fp32": torch.float32,
@@ -55,7 +55,7 @@ def resolve_options(
     mode: str | None,
 ) -> Options:
     """``Options`` for a model of shape ``config``; ValueError names the argument that can't be."""
-    place = _device(device)
+    place = resolve_device(device)
     compute = _dtype(dtype, config, place)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {_names(WEIGHTS)}, got {weights!r}")
@@ -128,7 +128,8 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
     return CacheConfig(**fields, num_pages=pages)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or CUDA where there is one; ValueError for one that isn't there."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

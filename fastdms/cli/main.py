@@ -22,7 +22,9 @@ COMMANDS = {
 TOOLS = {
     "bench": ("fastdms.tools.bench", "measure tokens per second and KV bytes on random weights"),
     "demo": ("fastdms.tools.demo", "answer a question with the default model and show its KV memory"),
+    "retrofit": ("fastdms.tools.retrofit.command", "train DMS into a checkpoint by logit distillation"),
     "kv-error": ("fastdms.tools.kv_error", "measure how far each KV dtype moves a model's logits"),
+    "quality": ("fastdms.tools.quality", "measure what eviction costs: KLD, greedy match, perplexity, live share"),
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

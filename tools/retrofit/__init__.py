@@ -1,0 +1,1 @@
+"""Train DMS into a model: ``fastdms retrofit``."""

@@ -1,0 +1,103 @@
+"""``fastdms retrofit``: train DMS into a Llama or Qwen checkpoint by logit distillation.
+
+Text comes from .txt, .md and .jsonl files ("text" or "messages" in each line), folders of them, or
+dataset:NAME[:SPLIT].
+The result is OUT/final, a checkpoint in the public layout asked for; OUT/adapter.safetensors holds an adapter alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from fastdms.cli.options import Parser
+
+__all__ = ["main"]
+
+_HELP = {
+    "layout": "adapter (base frozen), or nvidia or shisa: the borrowed query channel (default %(default)s)",
+    "window_tokens": "tokens that stay visible whatever their flag (%(default)s)",
+    "target_compression": "tokens per token kept at the end of the run (%(default)s)",
+    "context": "tokens of a training sequence (%(default)s)",
+    "sequences": "sequences of a step (%(default)s)",
+    "micro_batch": "sequences that run at once (%(default)s)",
+    "zeroing_steps": "steps in which a borrowed channel fades (%(default)s)",
+    "ramp_steps": "steps in which the compression asked for rises (%(default)s)",
+    "anneal_steps": "steps at the target, with a falling learning rate (%(default)s)",
+    "learning_rate": "peak learning rate (%(default)s)",
+    "aux_weight": "weight of the pull towards the target (%(default)s)",
+    "tau_start": "temperature of the soft decisions at first (%(default)s)",
+    "tau_end": "and at last (%(default)s)",
+    "alpha_scale": "of the decision alpha_scale * s - alpha_offset > 0 (%(default)s)",
+    "alpha_offset": "likewise (%(default)s)",
+    "trainable": "parts of names of weights to train, for a borrowed channel; default: all",
+    "seed": "of text order and noise (%(default)s)",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print where the checkpoint is; ValueError for what can't be, KeyboardInterrupt once the state is saved."""
+    args = _parser().parse_args(argv)
+    import torch
+
+    from fastdms.options import resolve_device
+    from fastdms.tools.retrofit.runner import begin, resume
+    from fastdms.tools.retrofit.settings import RetrofitSettings
+
+    device = resolve_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        if args.resume is not None:
+            if args.model is not None or args.text or args.out is not None:
+                raise ValueError("--resume takes model, text and settings from the run; give nothing besides --device")
+            out, written = args.resume, resume(Path(args.resume), device)
+        else:
+            if args.out is None or not args.text:
+                raise ValueError("--text and --out are needed (or --resume); see fastdms retrofit --help")
+            names = [field.name for field in fields(RetrofitSettings)]
+            given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+            settings = RetrofitSettings(**given | {"trainable": tuple(args.trainable or ("",))})
+            out, written = args.out, begin(_model(args.model), args.text, Path(args.out), settings, device)
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            where = args.resume or args.out
+            print(f"\nfastdms: {stop}; go on with: fastdms retrofit --resume {where}", file=sys.stderr)
+        raise
+    print(f"{written}: the checkpoint; {out}: log, picture and settings of the run")
+    return 0
+
+
+def _model(given: str | None) -> str:
+    from fastdms.bundled_model import default_model
+
+    return given if given is not None else str(default_model(adapter=False))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastdms.tools.retrofit.settings import RetrofitSettings
+
+    parser = Parser(prog="fastdms retrofit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="folder or hub id of the base; none: that of the default model")
+    parser.add_argument("--text", nargs="+", default=[], metavar="SOURCE", help="what to train on")
+    parser.add_argument("--out", metavar="DIR", help="a new folder for the run and its result")
+    parser.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, exactly where it stopped")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; cuda where there is one")
+    group = parser.add_argument_group("recipe")
+    defaults = RetrofitSettings()
+    for field in fields(RetrofitSettings):
+        default = getattr(defaults, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "trainable":
+            group.add_argument(flag, nargs="+", metavar="PART", help=_HELP[field.name])
+        else:
+            group.add_argument(flag, type=type(default), default=default, help=_HELP[field.name])
+    return parser
+
+
+if __name__ == "__main__":
+    from fastdms.cli import main as command_line
+
+    sys.exit(command_line(["retrofit", *sys.argv[1:]]))

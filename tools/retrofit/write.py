@@ -1,0 +1,64 @@
+"""The result of a run, as checkpoints that this loader and other people's read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdms.checkpoint import Checkpoint
+from fastdms.checkpoint.adapter_file import write_adapter
+from fastdms.tools.retrofit.export import write_checkpoint
+from fastdms.tools.retrofit.run_folder import RunFolder
+from fastdms.tools.retrofit.trainer import Trainer
+
+__all__ = ["write_result"]
+
+
+def write_result(folder: RunFolder, checkpoint: Checkpoint, trainer: Trainer, training: dict[str, Any]) -> Path:
+    """Write ``final/`` in the layout trained for and, for an adapter, ``adapter.safetensors`` beside it."""
+    source = checkpoint.tokenizer_path
+    assert source is not None
+    rule = trainer.settings.rule
+    if trainer.adapter:
+        adapter = {name: p.detach().float().cpu() for name, p in trainer.trained.items()}
+        write_adapter(
+            folder.path / "adapter.safetensors", adapter, dms=rule, base_sha256=_base_sha256(source), training=training
+        )
+    return write_checkpoint(
+        folder.checkpoint,
+        config_values=json.loads((source / "config.json").read_text(encoding="utf-8")),
+        tensors=_tensors(checkpoint, trainer),
+        dms=rule,
+        layout=trainer.settings.layout,
+        tokenizer_path=source,
+        training=training,
+    )
+
+
+def _tensors(checkpoint: Checkpoint, trainer: Trainer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base's tensors as stored, with those that were trained in their place or added."""
+    trained = dict(trainer.trained)
+    if checkpoint.config.tie_word_embeddings:
+        trained.pop("lm_head.weight", None)
+    for name, tensor in checkpoint.tensors():
+        new = trained.pop(name, None)
+        yield name, tensor if new is None else new.detach().to("cpu", tensor.dtype)
+    for name, parameter in trained.items():
+        yield name, parameter.detach().float().cpu()
+
+
+def _base_sha256(source: Path) -> str:
+    """Which base an adapter belongs to: the file that the default model was made from, else a digest of the weights."""
+    marker = source / "fastdms.json"
+    if marker.is_file():
+        return str(json.loads(marker.read_text(encoding="utf-8"))["source_sha256"])
+    digest = hashlib.sha256()
+    for path in sorted(source.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
