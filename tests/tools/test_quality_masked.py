@@ -1,0 +1,84 @@
+"""The evaluation in transformers that ``fastdms quality`` is checked by, against the oracle and the runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdms.tools.quality.masked import MaskedModel, measure_masked, relative_differences
+from fastdms.tools.quality.measure import measure
+from fastdms.tools.quality.settings import Settings
+from tests import oracle
+from tests.models import DMS_LAYOUTS, Layout, adapter_weights, dms_config, tiny_model, tiny_tokens
+from tests.tolerance import LOGITS_RELATIVE, assert_logits_close
+from tests.tools.test_quality import sparse_checkpoint, wikitext
+
+# What eviction costs by the runtime may differ from the written-out evaluation by this much of it.
+AGREEMENT = 0.01
+FAMILIES = ("llama", "llama_group3", "qwen3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", DMS_LAYOUTS)
+def test_the_mask_is_the_definition(layout: Layout, family: str, tmp_path: Path) -> None:
+    folder = sparse_checkpoint(tmp_path, layout, family)
+    model, rule = tiny_model(family), dms_config(layout)
+    assert rule is not None
+    adapter = adapter_weights(model) if layout == "adapter" else None
+    ids = tiny_tokens(50)
+    masked = MaskedModel(folder, rule, torch.device("cpu"))
+    for evict, window_tokens in ((True, 7), (False, 10**6), (True, 7)):
+        expected = oracle.run(model, ids, dms_config(layout, window_tokens), adapter)
+        logits, flagged = masked.run(ids, evict=evict, last=30)
+        assert_logits_close(logits, expected.logits[20:])
+        assert torch.equal(flagged, expected.flagged & evict)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", DMS_LAYOUTS)
+def test_the_runtime_gives_the_same_figures(layout: Layout, family: str, tmp_path: Path) -> None:
+    folder = sparse_checkpoint(tmp_path, layout, family)
+    settings = Settings(context=90, prompt_tokens=50, sequences=2, prefill_points=0, device="cpu")
+    (runtime,) = measure(folder, [wikitext()], settings)
+    (masked,) = measure_masked(folder, [wikitext()], settings)
+    differences = relative_differences(runtime, masked)
+    assert set(differences) == {"live_share_outside_window", "perplexity_off", "perplexity_on", "kld"}
+    for name, difference in differences.items():
+        assert difference == pytest.approx(0.0, abs=LOGITS_RELATIVE), name
+    assert masked["decode"]["greedy_match"] == runtime["decode"]["greedy_match"] < 1.0
+    assert masked["decode"]["steps"] == runtime["decode"]["steps"] == 80
+    spans = torch.tensor(runtime["live_share_outside_window_spans"])
+    assert torch.allclose(torch.tensor(masked["live_share_outside_window_spans"]), spans, rtol=LOGITS_RELATIVE)
+
+
+def test_relative_differences_of_zeros() -> None:
+    def figures(kld: float) -> dict:
+        decode = {"kld": kld, "perplexity_off": 2.0, "perplexity_on": 2.0}
+        return {"decode": decode, "live_share_outside_window": 0.5}
+
+    assert relative_differences(figures(0.0), figures(0.0))["kld"] == 0.0
+    assert relative_differences(figures(0.1), figures(0.0))["kld"] is None
+    assert relative_differences(figures(0.3), figures(0.2))["kld"] == pytest.approx(0.5)
+
+
+def test_a_folder_that_transformers_cannot_load_is_refused(tmp_path: Path) -> None:
+    folder = sparse_checkpoint(tmp_path, "shisa", intermediate_size=100)
+    rule = dms_config("shisa")
+    assert rule is not None
+    with pytest.raises(ValueError, match="transformers can't load"):
+        MaskedModel(folder, rule, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", DMS_LAYOUTS)
+def test_the_runtime_gives_the_same_figures_on_a_gpu(layout: Layout, tmp_path: Path) -> None:
+    folder = sparse_checkpoint(tmp_path, layout, "qwen3")
+    settings = Settings(context=90, prompt_tokens=50, sequences=2, kv_dtypes=("fp32", "fp8"), device="cuda")
+    runtime, rounded = measure(folder, [wikitext()], settings)
+    (masked,) = measure_masked(folder, [wikitext()], settings)
+    for name, difference in relative_differences(runtime, masked).items():
+        assert difference == pytest.approx(0.0, abs=AGREEMENT), name
+    assert rounded["kv_dtype"] == "fp8"
+    assert rounded["kv_bytes"] < runtime["kv_bytes"]
