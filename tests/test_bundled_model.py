@@ -16,12 +16,38 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import fastdms
 import fastdms.bundled_model as module
 from fastdms.bundled_model import default_model
+from fastdms.checkpoint import open_checkpoint
+from fastdms.checkpoint.adapter_file import write_adapter
+from fastdms.config import DMSConfig
 from fastdms.tokenizer import encode_chat, load_tokenizer
+from tests.checkpoint.files import assert_same_tensors
 from tests.tiny_tokenizers import smollm2
 
+RULE = DMSConfig(window_tokens=16, alpha_offset=0.0, shift=1, source="adapter", target_compression=2.0)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(autouse=True)
+def asset(tmp_path_factory, monkeypatch):
+    """Where these tests look for the shipped adapter, whatever is shipped: there is none until they write one."""
+    path = tmp_path_factory.mktemp("assets") / "adapter.safetensors"
+    monkeypatch.setattr(module, "ADAPTER", path)
+    return path
+
+
+def make_adapter(path, *, seed=0, base_sha256=module.GGUF_SHA256):
+    """A random adapter that fits SmolLM2-135M; its decisions are about even."""
+    dice = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(30):
+        prefix = f"model.layers.{layer}.self_attn.dms_proj_alpha"
+        tensors[f"{prefix}.weight"] = torch.randn(3, 576, generator=dice) * 576**-0.5
+        tensors[f"{prefix}_norm.weight"] = torch.rand(576, generator=dice) + 0.5
+    write_adapter(path, tensors, dms=RULE, base_sha256=base_sha256, training={})
+    return tensors
 
 
 @pytest.fixture
@@ -29,7 +55,7 @@ def conversions(monkeypatch):
     """Replaces the real conversion by a quick one; gives the list of folders that it was called for."""
     calls = []
 
-    def convert(source, folder):
+    def convert(source, folder, adapter):
         assert source.name.endswith(".gguf")
         calls.append(folder)
         (folder / "config.json").write_text("{}")
@@ -60,6 +86,59 @@ def test_the_real_model_answers(tmp_path, capfd):
     marker = json.loads((folder / "fastdms.json").read_text())
     assert marker["model_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert visible(tmp_path) == [folder.name]
+
+
+def test_the_adapter_is_merged(tmp_path, asset):
+    plain = open_checkpoint(default_model(adapter=False))
+    adapter = make_adapter(asset)
+    folder = default_model(tmp_path)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.dms == RULE
+    assert checkpoint.config == plain.config
+    assert checkpoint.config.weight_dtype == torch.bfloat16
+    assert_same_tensors(checkpoint, dict(plain.tensors()) | adapter)
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    marker = json.loads((folder / "fastdms.json").read_text())
+    assert marker["adapter_sha256"] == hashlib.sha256(asset.read_bytes()).hexdigest()
+    assert marker["source_sha256"] == module.GGUF_SHA256
+    assert visible(tmp_path) == ["SmolLM2-135M-Instruct-DMS"]
+    with fastdms.compile(folder, device="cpu", max_context=128, max_concurrency=1) as model:
+        model(QUESTION[0]["content"] * 4, max_tokens=40, ignore_eos=True)
+        assert 0.2 < model.kv_report().live_share < 0.9
+
+
+def test_another_adapter_makes_the_folder_anew(tmp_path, asset, conversions):
+    plain = default_model(tmp_path)
+    make_adapter(asset)
+    folder = default_model(tmp_path)
+    assert default_model(tmp_path) == folder != plain
+    assert len(conversions) == 2
+    make_adapter(asset, seed=1)
+    assert default_model(tmp_path) == folder
+    assert len(conversions) == 3
+    assert default_model(tmp_path, adapter=False) == plain
+    asset.unlink()
+    assert default_model(tmp_path) == plain
+    assert len(conversions) == 3, "with and without adapter lie side by side"
+
+
+def test_a_wrong_adapter_is_named_and_leaves_nothing(tmp_path, asset):
+    make_adapter(asset, base_sha256="0" * 64)
+    with pytest.raises(ValueError, match=rf"^{asset} was trained for a base with sha256 0+, not b179c952"):
+        default_model(tmp_path)
+    asset.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"^{asset} is damaged"):
+        default_model(tmp_path)
+    assert visible(tmp_path) == []
+    assert default_model(tmp_path, adapter=False).is_dir()
+
+
+def test_what_is_shipped_fits():
+    """The adapter that lies in the package, if there is one yet, is whole and belongs to the packaged model."""
+    shipped = Path(module.__file__).parent / "assets" / "smollm2-135m-dms" / "adapter.safetensors"
+    if shipped.exists():
+        adapter = module._adapter(shipped)
+        assert (adapter.num_layers, adapter.num_kv_heads) == (30, 3)
 
 
 def test_it_is_converted_once(tmp_path, conversions, capfd, monkeypatch):
@@ -115,7 +194,7 @@ def test_a_damaged_folder_is_made_anew(tmp_path, conversions, damage):
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, conversions, monkeypatch):
-    def interrupted(source, folder):
+    def interrupted(source, folder, adapter):
         (folder / "model.safetensors").write_bytes(b"weigh")
         raise KeyboardInterrupt
 
@@ -142,7 +221,7 @@ def test_those_who_ask_at_once_wait_for_one_conversion(tmp_path, conversions):
 def test_two_processes_at_once(tmp_path):
     script = """
 import sys, time, fastdms.bundled_model as module
-def convert(source, folder):
+def convert(source, folder, adapter):
     print("converts")
     time.sleep(0.5)
     (folder / "model.safetensors").write_bytes(b"weights")

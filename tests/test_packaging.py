@@ -112,9 +112,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions: tuple[Path,
     contents = _contents(distributions[2])
     metadata = {name for name in contents if name.split("/")[0].endswith(".dist-info")}
     assert any(name.endswith("licenses/LICENSE") for name in metadata)
-    shipped = {name for name in package_files() if not name.endswith(NOT_SHIPPED)}
+    assets = {name for name in package_files() if name.startswith("fastdms/assets/")}
+    shipped = {name for name in package_files() if not name.endswith(NOT_SHIPPED)} | assets
     assert set(contents) - metadata == shipped
-    assert "fastdms/py.typed" in shipped
+    assert {"fastdms/py.typed", "fastdms/assets/demo.txt", "fastdms/assets/README.md"} <= shipped
     for name in LINKED:
         assert any(path.startswith(f"fastdms/{name}/") for path in shipped), name
 

@@ -18,7 +18,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 @pytest.fixture(scope="module")
 def expected() -> list[int]:
     """What transformers itself generates, greedily, in fp32 on the CPU."""
-    folder = fastdms.default_model()
+    folder = fastdms.default_model(adapter=False)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]])
     out = plain.generate(
@@ -34,8 +34,9 @@ def expected() -> list[int]:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_greedy_tokens_equal_transformers(expected: list[int], device: str) -> None:
+    folder = fastdms.default_model(adapter=False)
     with fastdms.compile(
-        fastdms.default_model(), device=device, dtype="fp32", kv_dtype="fp32", max_context=1024, max_concurrency=2
+        folder, device=device, dtype="fp32", kv_dtype="fp32", max_context=1024, max_concurrency=2
     ) as model:
         completion = model(TEXT, temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
     assert isinstance(completion, fastdms.Completion)

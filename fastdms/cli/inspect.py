@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastdms.cli.options import Parser
 
 if TYPE_CHECKING:
+    from fastdms.checkpoint import Checkpoint
     from fastdms.config import DMSConfig, ModelConfig
 
 __all__ = ["dense_kv_bytes", "expected_kv_bytes", "num_parameters", "run"]
@@ -37,6 +38,7 @@ def run(argv: Sequence[str]) -> int:
         ("context", f"{config.max_position_embeddings:,} tokens"),
         ("rope", f"{config.rope.type}, theta {config.rope.theta:,.0f}" + (f", {scaling}" if scaling else "")),
         ("dms", _layout(dms)),
+        *([("adapter", _adapter(checkpoint))] if dms is not None and dms.source == "adapter" else []),
         ("kv per token", f"{dense_kv_bytes(config):,} bytes dense in bf16, {_expected(config, dms)}"),
     ]
     print("\n".join(f"{name:<14}{text}" for name, text in rows))
@@ -74,6 +76,17 @@ def _layout(dms: DMSConfig | None) -> str:
     source = borrowed if dms.source == "borrowed_q" else "adapter of its own"
     decision = f"evicted if {dms.alpha_scale:g} s - {dms.alpha_offset:g} > 0"
     return f"{source}; shift {dms.shift}; window {dms.window_tokens:,} tokens; {decision}; {dms.prefill} prefill"
+
+
+def _adapter(checkpoint: Checkpoint) -> str:
+    config, dms = checkpoint.config, checkpoint.dms
+    assert dms is not None
+    # Mapped from their files, not read.
+    num_bytes = sum(tensor.nbytes for name, tensor in checkpoint.tensors() if ".dms_proj_alpha" in name)
+    target = dms.target_compression
+    trained = "trained compression not known" if target is None else f"trained for {target:g}x"
+    size = f"{config.num_layers} layers x {config.num_kv_heads} KV heads, {num_bytes:,} bytes"
+    return f"{size}, {trained} with a window of {dms.window_tokens:,} tokens"
 
 
 def _expected(config: ModelConfig, dms: DMSConfig | None) -> str:

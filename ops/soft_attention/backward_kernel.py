@@ -63,7 +63,7 @@ def _soft_attention_backward_queries_kernel(
     b_do = load_heads(do_ptr, o_m, stride_do_token, tokens, o_d, D, BLOCK_D, True)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(delta_ptr + at, b_delta, mask=m_m)
-    b_lse = tl.load(lse_ptr + at, mask=m_m, other=float("inf")) * _LOG2_E
+    b_lse = tl.load(lse_ptr + at, mask=m_m, other=0.0) * _LOG2_E
     b_q = load_heads(q_ptr, o_m, stride_q_token, tokens, o_d, D, BLOCK_D, True)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     far_end, near_begin, near_end, end = key_ranges(i_first, i_first + BLOCK_M - 1, tokens, window_tokens, BLOCK_N)
@@ -101,8 +101,8 @@ def _over_queries(
         m_m = query < tokens
         b_q = load_heads(q_ptr, query, stride_q_token, tokens, o_d, D, BLOCK_D, True)
         b_do = load_heads(do_ptr, query, stride_do_token, tokens, o_d, D, BLOCK_D, True)
-        # A query past the end weighs nothing.
-        b_lse = tl.load(lse_ptr + query, mask=m_m, other=float("inf")) * _LOG2_E
+        # A query past the end adds nothing: its q, do and delta are 0.
+        b_lse = tl.load(lse_ptr + query, mask=m_m, other=0.0) * _LOG2_E
         b_delta = tl.load(delta_ptr + query, mask=m_m, other=0.0)
         distance = query[None, :] - o_n[:, None]
         b_x = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2

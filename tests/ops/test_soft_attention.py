@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdms.ops import soft_attention
@@ -92,20 +92,23 @@ def _compare(inputs: _Inputs, window: int) -> None:
     dtype = inputs.q.dtype
     for mine, plain, truth in zip(kernel, reference, oracle, strict=True):
         assert mine.stride() == plain.stride()
-        assert_within_error_budget(mine, plain, truth, dtype)
         if dtype == torch.float32:
+            # Both are fp32 and differ in the order of their sums alone, so that neither's error bounds the other's.
             assert_close_to_definition(plain, truth)
+            assert_close_to_definition(mine, truth)
+        else:
+            assert_within_error_budget(mine, plain, truth, dtype)
 
 
 @pytest.mark.parametrize("tokens", [2, 17, 64, 65, 130])
-@pytest.mark.parametrize("window", [0, 1, 7, "T - 1", "T + 5"])
+@pytest.mark.parametrize("window", [0, 1, 7, 40, "T - 1", "T + 5"])
 def test_windows_and_lengths(tokens: int, window: int | str) -> None:
     """In fp32, whose tiles are small: 32 queries or keys."""
     sizes = {"T - 1": tokens - 1, "T + 5": tokens + 5}
     _compare(_inputs(1, (1, 3, 16), tokens), sizes[window] if isinstance(window, str) else window)
 
 
-@pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 100, 191, 299, 2**40])
+@pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 130, 191, 299, 2**40])
 def test_windows_across_16_bit_tiles(window: int) -> None:
     """300 tokens: far, edge, near and diagonal tiles of up to 128 queries or keys."""
     _compare(_inputs(1, (1, 2, 16), 300, torch.float16), window)
@@ -125,6 +128,7 @@ def test_what_is_kept(keep: str, window: int, dtype: torch.dtype) -> None:
     _compare(_inputs(2, (2, 2, 16), 140, dtype, keep), window)
 
 
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 2), num_kv_heads=st.integers(1, 2), group=st.integers(1, 4), head_dim=st.integers(4, 40),
     tokens=st.integers(8, 50), window=st.integers(1, 60), keep=st.sampled_from(sorted(_KEEP)),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdms
+from fastdms.bundled_model import default_model
 from fastdms.cli import main
+from fastdms.tools import demo
+from tests.checkpoint.files import edit_json
 from tests.models import save_checkpoint, tiny_model
-from tests.tiny_tokenizers import byte_level
+from tests.tiny_tokenizers import byte_level, smollm2
 
 BENCH = ["bench", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--new-tokens", "4"]
 
@@ -43,12 +49,85 @@ def test_kv_error_compares_with_fp32_pages(tmp_path: Path, capsys: pytest.Captur
     assert fp8 != plain
 
 
-def test_demo_compares_with_a_dense_cache(capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_compares_with_a_dense_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fastdms, "default_model", lambda: default_model(adapter=False))
+    monkeypatch.chdir(tmp_path)
     assert main(["demo", "--max-tokens", "3"]) == 0
+    assert not list(tmp_path.iterdir()), "nothing to draw"
     out = capsys.readouterr().out
     assert "eviction is off and every token is kept" in out
     assert out.splitlines()[-1].startswith("Compact cache: ")
-    assert "times as much" in out.splitlines()[-1], "fp32 pages can't be smaller than a dense bf16 cache"
+    # fp32 pages can't be smaller than a dense bf16 cache, fp8 ones can.
+    assert ("times less" if torch.cuda.is_available() else "times as much") in out.splitlines()[-1]
+
+
+@pytest.fixture
+def sparse_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model that evicts is the default, its passage is short, and the current folder is empty."""
+    model = tiny_model("llama", max_position_embeddings=4096)
+    folder = save_checkpoint(model, tmp_path / "model", "adapter", window_tokens=7)
+    byte_level().save_pretrained(folder)
+    passage = tmp_path / "demo.txt"
+    passage.write_text("CHAPTER 1. A short one.\n\nIt is told again.\n")
+    monkeypatch.setattr(fastdms, "default_model", lambda: folder)
+    monkeypatch.setattr(demo, "PASSAGE", passage)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.mark.usefixtures("sparse_default")
+def test_demo_shows_eviction_on_a_passage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--max-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("CHAPTER 1. A short one ... (9 words: ")
+    assert "> Tell this story again" in out
+    found = re.search(r"Eviction: (\d+\.\d)% of the tokens outside the window of 7 are kept \((.*)x fewer; (.*)\)", out)
+    assert found is not None
+    assert 10 < float(found[1]) < 90
+    assert float(found[2]) == pytest.approx(100 / float(found[1]), abs=0.06)
+    assert found[3] == "trained for 8x"
+    assert "Heat map, layers x KV heads: fastdms-live-share.png" in out
+    assert Path("fastdms-live-share.png").read_bytes().startswith(b"\x89PNG")
+    assert out.splitlines()[-1].startswith("Compact cache: ")
+
+
+@pytest.mark.usefixtures("sparse_default")
+def test_demo_with_a_prompt_and_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "hello there", "--max-tokens", "3", "--heat-map", "map.png"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("> hello there\n")
+    assert [path.name for path in Path().iterdir()] == ["map.png"]
+    assert main(["demo", "hello there", "--max-tokens", "3", "--heat-map", "no-such-folder/map.png"]) == 2
+    assert "no-such-folder/map.png" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("sparse_default")
+def test_demo_within_the_window_has_nothing_to_show(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(fastdms.default_model() / "config.json", dms_window_size=300)
+    assert main(["demo", "hello there", "--max-tokens", "3"]) == 0
+    assert "tokens lie within the window of 300: nothing to evict yet." in capsys.readouterr().out
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.usefixtures("sparse_default")
+def test_demo_without_matplotlib_says_how_to_get_the_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["demo", "--max-tokens", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "No heat map: the heat map needs matplotlib: pip install 'fastdms[plots]'" in out
+    assert out.splitlines()[-1].startswith("Compact cache: ")
+
+
+def test_the_shipped_passage_is_long_enough_to_evict_from_and_fits() -> None:
+    text = demo.PASSAGE.read_text(encoding="utf-8")
+    assert 1500 < len(smollm2()(text)["input_ids"]) < 2500
 
 
 @pytest.mark.parametrize(
