@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +131,12 @@ def test_texts_and_kv_dtypes_are_measured_each(tmp_path: Path) -> None:
     assert fp8["dense_bf16_bytes"] == fp32["dense_bf16_bytes"] == 60 * 2 * 2 * 2 * 16 * 2
 
 
-def test_more_sequences_than_rows_run_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_sequences_than_rows_run_in_turn(tmp_path: Path) -> None:
     """What is measured doesn't hang on how many sequences run at once."""
-    from fastdms.tools.quality import measure as module
-
     folder = sparse_checkpoint(tmp_path / "model", "shisa")
     settings = Settings(context=30, prompt_tokens=20, sequences=3, prefill_points=3, device="cpu")
     (together,) = measure(folder, [wikitext()], settings)
-    monkeypatch.setattr(module, "_MAX_ROWS", 2)
-    (in_turn,) = measure(folder, [wikitext()], settings)
+    (in_turn,) = measure(folder, [wikitext()], replace(settings, rows=2))
     for path in ("decode", "prefill"):
         assert in_turn[path] == pytest.approx(together[path], rel=LOGITS_RELATIVE)
     for name in ("live_share_outside_window_spans", "kv_bytes", "dense_bf16_bytes", "sequences"):
@@ -147,9 +145,9 @@ def test_more_sequences_than_rows_run_in_turn(tmp_path: Path, monkeypatch: pytes
 
 def test_a_large_vocabulary_runs_fewer_rows_at_once() -> None:
     sequences = [[i] for i in range(10)]
-    assert [len(batch) for batch in batches(sequences, 1025, 300)] == [8, 2]
-    assert [len(batch) for batch in batches(sequences, 1025, 151936)] == [3, 3, 3, 1]
-    assert [len(batch) for batch in batches(sequences, 10**6, 151936)] == [1] * 10
+    assert [len(batch) for batch in batches(sequences, 1025, 300, 8)] == [8, 2]
+    assert [len(batch) for batch in batches(sequences, 1025, 151936, 8)] == [3, 3, 3, 1]
+    assert [len(batch) for batch in batches(sequences, 10**6, 151936, 8)] == [1] * 10
 
 
 def test_presets_and_options_that_win_over_them() -> None:

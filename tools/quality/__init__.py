@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, metavar="TOKENS", help="of a sequence")
     parser.add_argument("--prompt-tokens", type=int, metavar="TOKENS", help="how many of them are prefilled")
     parser.add_argument("--sequences", type=int, help="of each text, spread over it (default 4)")
+    parser.add_argument("--rows", type=int, help="sequences that run at once (default 8)")
     parser.add_argument(
         "--prefill-points", type=int, metavar="N", help="prompt lengths for prefill alone; 0: skip that (default 8)"
     )
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    names = ("context", "prompt_tokens", "sequences", "prefill_points", "kv_dtypes", "device", "dtype")
+    names = ("context", "prompt_tokens", "sequences", "rows", "prefill_points", "kv_dtypes", "device", "dtype")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     if "kv_dtypes" in given:
         given["kv_dtypes"] = tuple(given["kv_dtypes"])

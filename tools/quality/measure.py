@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Subject", "batches", "engines", "measure", "open_subject"]
 
-_MAX_ROWS = 8
 # Of one batch's logits; both engines' are held at once.
 _LOGITS_BYTES = 2**31
 
@@ -68,7 +67,7 @@ def open_subject(source: str | os.PathLike[str], settings: Settings) -> Subject:
     for kv_dtype in settings.kv_dtypes:
         resolved = resolve_options(
             checkpoint.config, device=settings.device, dtype=settings.dtype, kv_dtype=kv_dtype, weights="auto",
-            max_concurrency=_MAX_ROWS, max_context=settings.context, kv_memory=None, prefill_chunk=1, mode=None,
+            max_concurrency=settings.rows, max_context=settings.context, kv_memory=None, prefill_chunk=1, mode=None,
         )  # fmt: skip
         options[next(name for name, dtype in KV_DTYPES.items() if dtype == resolved.kv_dtype)] = resolved
     return Subject(
@@ -116,23 +115,25 @@ def engines(
     def compiled(dms: str) -> fastdms.CompiledModel:
         return fastdms.compile(
             subject.source, tokenizer=subject.tokenizer, dms=dms, device=settings.device, dtype=settings.dtype,
-            kv_dtype=kv_dtype, max_concurrency=_MAX_ROWS, max_context=settings.context,
+            kv_dtype=kv_dtype, max_concurrency=settings.rows, max_context=settings.context,
         )  # fmt: skip
 
     with compiled("off") as off, compiled("auto") as on:
         yield off, on
 
 
-def batches(sequences: Sequence[list[int]], logits_per_sequence: int, vocab_size: int) -> list[Sequence[list[int]]]:
-    """``sequences`` in batches of as many rows as may run at once without holding too many fp32 logits."""
-    rows = min(_MAX_ROWS, max(1, _LOGITS_BYTES // (4 * vocab_size * logits_per_sequence)))
+def batches(
+    sequences: Sequence[list[int]], logits_per_sequence: int, vocab_size: int, rows: int
+) -> list[Sequence[list[int]]]:
+    """``sequences`` in batches of at most ``rows``, and of no more than fp32 logits leave room for."""
+    rows = min(rows, max(1, _LOGITS_BYTES // (4 * vocab_size * logits_per_sequence)))
     return [sequences[first : first + rows] for first in range(0, len(sequences), rows)]
 
 
 def _measure_text(
     off: fastdms.CompiledModel, on: fastdms.CompiledModel, sequences: list[list[int]], settings: Settings, what: str
 ) -> dict[str, Any]:
-    decoded = batches(sequences, settings.decode_tokens + 1, on.config.vocab_size)
+    decoded = batches(sequences, settings.decode_tokens + 1, on.config.vocab_size, settings.rows)
     prefilled = sequences if settings.prefill_points else []
     with progress(total=2 * (len(decoded) + len(prefilled)), desc=f"measuring {what}", unit=" runs") as bar:
         figures = _through_decode(off, on, decoded, settings, bar)
@@ -181,8 +182,8 @@ def _through_prefill(off: Any, on: Any, sequence: list[int], settings: Settings,
 
     def last_logits(model: Any) -> torch.Tensor:
         rows: list[torch.Tensor] = []
-        for first in range(0, points, _MAX_ROWS):
-            part = lengths[first : first + _MAX_ROWS]
+        for first in range(0, points, settings.rows):
+            part = lengths[first : first + settings.rows]
             rows += model.score_batch([sequence[:length] for length in part], part)
         bar.update()
         return torch.cat(rows)

@@ -13,6 +13,7 @@ class Settings:
 
     context: tokens of a sequence that are run; one more is only predicted. prompt_tokens: how many of them go through
     prefill, the others go through the decode path. sequences: of each text, fewer where it is too short for so many.
+    rows: how many of them may run at once; each decode bucket up to it is compiled and captured on a GPU.
     prefill_points: prompt lengths of each sequence at which prefill alone is measured, evenly spaced from
     ``prompt_tokens`` to ``context``; 0 leaves that out. kv_dtypes, device, dtype: as ``fastdms.compile`` takes them.
 
@@ -22,13 +23,14 @@ class Settings:
     context: int = 2048
     prompt_tokens: int = 1024
     sequences: int = 4
+    rows: int = 8
     prefill_points: int = 8
     kv_dtypes: tuple[str, ...] = ("auto",)
     device: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 2), ("prompt_tokens", 1), ("sequences", 1), ("prefill_points", 0)):
+        for name, least in (("context", 2), ("prompt_tokens", 1), ("sequences", 1), ("rows", 1), ("prefill_points", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             names = [field.name for field in fields(RetrofitSettings)]
             given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
             settings = RetrofitSettings(**given | {"trainable": tuple(args.trainable or ("",))})
-            out, written = args.out, begin(_model(args.model), args.text, Path(args.out), settings, device)
+            out, written = args.out, begin(args.model, args.text, Path(args.out), settings, device)
     except KeyboardInterrupt as stop:
         if stop.args:
             where = args.resume or args.out
@@ -68,12 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         raise
     print(f"{written}: the checkpoint; {out}: log, picture and settings of the run")
     return 0
-
-
-def _model(given: str | None) -> str:
-    from fastdms.bundled_model import default_model
-
-    return given if given is not None else str(default_model(adapter=False))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fastdms import __version__
+from fastdms.bundled_model import default_model
 from fastdms.checkpoint import Checkpoint, open_checkpoint
 from fastdms.progress import progress
 from fastdms.tokenizer import load_tokenizer
@@ -28,8 +29,10 @@ __all__ = ["begin", "resume"]
 SAVE_EVERY_STEPS = 100
 
 
-def begin(model: str, sources: list[str], out: Path, settings: RetrofitSettings, device: torch.device) -> Path:
-    """Retrofit the checkpoint ``model`` (a folder or hub id) with text from ``sources``; the finished checkpoint.
+def begin(model: str | None, sources: list[str], out: Path, settings: RetrofitSettings, device: torch.device) -> Path:
+    """Retrofit ``model`` with text from ``sources``; returns the finished checkpoint.
+
+    model: a folder or hub id; None: the base of the default model.
 
     Raises ValueError for a checkpoint that has DMS already or can't be trained, for too little text, and for an ``out``
     that isn't empty; KeyboardInterrupt, after saving, when interrupted.
@@ -39,6 +42,7 @@ def begin(model: str, sources: list[str], out: Path, settings: RetrofitSettings,
     folder = RunFolder(out)
     about = {
         "model": model,
+        "base": _folder(checkpoint).resolve().name,
         "sources": sources,
         "text_sha256": text_digest(contexts),
         "contexts": len(contexts),
@@ -108,7 +112,8 @@ def _train(
     return written
 
 
-def _trainable(model: str) -> Checkpoint:
+def _trainable(given: str | None) -> Checkpoint:
+    model = str(default_model(adapter=False)) if given is None else given
     checkpoint = open_checkpoint(model)
     if checkpoint.dms is not None:
         raise ValueError(f"{model} already has DMS (window {checkpoint.dms.window_tokens}); give its base model")

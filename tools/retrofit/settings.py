@@ -42,9 +42,9 @@ class RetrofitSettings:
     sequences: int = 8
     micro_batch: int = 8
     zeroing_steps: int = 0
-    ramp_steps: int = 200
-    anneal_steps: int = 200
-    learning_rate: float = 1e-4
+    ramp_steps: int = 150
+    anneal_steps: int = 150
+    learning_rate: float = 3e-4
     aux_weight: float = 2.0
     tau_start: float = 1.0
     tau_end: float = 0.1
