@@ -11,7 +11,14 @@ from fastdms.control_tokens import Message, encode_shielded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["encode_chat", "encode_prompt", "has_chat_template", "has_tokenizer", "load_tokenizer"]
+__all__ = [
+    "encode_chat",
+    "encode_prompt",
+    "has_chat_template",
+    "has_tokenizer",
+    "load_tokenizer",
+    "render_conversation",
+]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -88,6 +95,14 @@ def encode_chat(
     return _with_bos(tokenizer, ids)
 
 
+def render_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """A finished conversation in the tokenizer's chat template, as text. Raises ValueError as ``encode_chat`` does."""
+    _check_messages(messages)
+    if not has_chat_template(tokenizer):
+        raise ValueError("this model's tokenizer has no chat template")
+    return _render(tokenizer, messages, answering=False)
+
+
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of at least one dict with role and content, got {messages!r:.80}")
@@ -100,12 +115,12 @@ def _check_messages(messages: object) -> None:
             raise ValueError(f"the content of message {i} must be a string, got {message['content']!r:.80}")
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, answering: bool = True) -> str:
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
         )
     # A template is somebody's program: what it raises itself is a TemplateError, the rest are its faults.
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -24,6 +24,9 @@ def config_keys(dms: DMSConfig) -> dict[str, Any]:
         keys["dms_cr"] = whole_if_integral(dms.target_compression)
     if dms.source == "adapter":
         keys |= {"dms_separate_alpha": True, "dms_alpha_per": "head"}
+    if dms.shift and dms.window_tokens > 1:
+        # Model-Optimizer's own paged inference wants its page (256 tokens unless told) to be smaller than the window.
+        keys["dms_paged_attention_block_size"] = min(256, 1 << (dms.window_tokens - 1).bit_length() - 1)
     return keys
 
 

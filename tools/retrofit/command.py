@@ -17,23 +17,23 @@ from fastdms.cli.options import Parser
 __all__ = ["main"]
 
 _HELP = {
-    "layout": "adapter (base frozen), or nvidia or shisa: the borrowed query channel (default %(default)s)",
-    "window_tokens": "tokens that stay visible whatever their flag (%(default)s)",
-    "target_compression": "tokens per token kept at the end of the run (%(default)s)",
-    "context": "tokens of a training sequence (%(default)s)",
-    "sequences": "sequences of a step (%(default)s)",
-    "micro_batch": "sequences that run at once (%(default)s)",
-    "zeroing_steps": "steps in which a borrowed channel fades (%(default)s)",
-    "ramp_steps": "steps in which the compression asked for rises (%(default)s)",
-    "anneal_steps": "steps at the target, with a falling learning rate (%(default)s)",
-    "learning_rate": "peak learning rate (%(default)s)",
-    "aux_weight": "weight of the pull towards the target (%(default)s)",
-    "tau_start": "temperature of the soft decisions at first (%(default)s)",
-    "tau_end": "and at last (%(default)s)",
-    "alpha_scale": "of the decision alpha_scale * s - alpha_offset > 0 (%(default)s)",
-    "alpha_offset": "likewise (%(default)s)",
-    "trainable": "parts of names of weights to train, for a borrowed channel; default: all",
-    "seed": "of text order and noise (%(default)s)",
+    "layout": "adapter: the base stays frozen; nvidia or shisa: the borrowed query channel",
+    "window_tokens": "tokens that stay visible whatever their flag",
+    "target_compression": "tokens per token kept at the end of the run",
+    "context": "tokens of a training sequence",
+    "sequences": "sequences of a step",
+    "micro_batch": "sequences that run at once; default: all",
+    "zeroing_steps": "steps in which a borrowed channel fades",
+    "ramp_steps": "steps in which the compression asked for rises",
+    "anneal_steps": "steps at the target, with a falling learning rate",
+    "learning_rate": "peak learning rate",
+    "aux_weight": "weight of the pull towards the target",
+    "tau_start": "temperature of the soft decisions at first",
+    "tau_end": "and at last",
+    "alpha_scale": "of the decision alpha_scale * s - alpha_offset > 0",
+    "alpha_offset": "likewise",
+    "trainable": "with a borrowed channel, part of the names of weights to train; may be repeated; default: all",
+    "seed": "of text order and noise",
 }
 
 
@@ -49,22 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    names = [field.name for field in fields(RetrofitSettings)]
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     try:
         if args.resume is not None:
-            if args.model is not None or args.text or args.out is not None:
+            if args.model is not None or args.text or args.out is not None or given:
                 raise ValueError("--resume takes model, text and settings from the run; give nothing besides --device")
             out, written = args.resume, resume(Path(args.resume), device)
         else:
             if args.out is None or not args.text:
                 raise ValueError("--text and --out are needed (or --resume); see fastdms retrofit --help")
-            names = [field.name for field in fields(RetrofitSettings)]
-            given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-            settings = RetrofitSettings(**given | {"trainable": tuple(args.trainable or ("",))})
+            if "trainable" in given:
+                given["trainable"] = tuple(given["trainable"])
+            settings = RetrofitSettings(**given)
             out, written = args.out, begin(args.model, args.text, Path(args.out), settings, device)
     except KeyboardInterrupt as stop:
         if stop.args:
             where = args.resume or args.out
-            print(f"\nfastdms: {stop}; go on with: fastdms retrofit --resume {where}", file=sys.stderr)
+            command = f"fastdms retrofit --resume {where}" + (f" --device {args.device}" if args.device else "")
+            print(f"\nfastdms: {stop}; go on with: {command}", file=sys.stderr)
         raise
     print(f"{written}: the checkpoint; {out}: log, picture and settings of the run")
     return 0
@@ -75,19 +78,19 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = Parser(prog="fastdms retrofit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder or hub id of the base; none: that of the default model")
-    parser.add_argument("--text", nargs="+", default=[], metavar="SOURCE", help="what to train on")
+    parser.add_argument("--text", action="append", metavar="SOURCE", help="what to train on; may be repeated")
     parser.add_argument("--out", metavar="DIR", help="a new folder for the run and its result")
     parser.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, exactly where it stopped")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; cuda where there is one")
     group = parser.add_argument_group("recipe")
-    defaults = RetrofitSettings()
     for field in fields(RetrofitSettings):
-        default = getattr(defaults, field.name)
-        flag = "--" + field.name.replace("_", "-")
+        flag, text = "--" + field.name.replace("_", "-"), _HELP[field.name]
         if field.name == "trainable":
-            group.add_argument(flag, nargs="+", metavar="PART", help=_HELP[field.name])
+            group.add_argument(flag, action="append", metavar="PART", help=text)
+        elif field.default is None:
+            group.add_argument(flag, type=int, help=text)
         else:
-            group.add_argument(flag, type=type(default), default=default, help=_HELP[field.name])
+            group.add_argument(flag, type=type(field.default), help=f"{text} (default {field.default})")
     return parser
 
 

@@ -10,9 +10,10 @@ shisa     dms_metadata.json, and the ``dms_`` keys of config.json
 
 The published NVIDIA and Model-Optimizer folders also have an ``auto_map`` in config.json, which names Python files
 that lie beside it. Those files aren't ours to ship, and an ``auto_map`` without them breaks
-``from_pretrained(..., trust_remote_code=True)``; so none is written. Their model classes read these folders as they
-are, and without them transformers reads the plain model. Where the keys of config.json alone don't say which rule was
-trained, dms_metadata.json says it in full, with ``shift`` and ``zero_borrowed``.
+``from_pretrained(..., trust_remote_code=True)``; so none is written. Their model classes, made for models without
+attention biases, find the keys they ask for; without them transformers reads the plain model. Where the keys of
+config.json alone don't say which rule was trained, dms_metadata.json says it in full, with ``shift`` and
+``zero_borrowed``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Layout = Literal["adapter", "nvidia", "shisa"]
 SHARD_BYTES = 5 * 10**9
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template*", "generation_config.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template*", "generation_config.json"),
 )
 
 

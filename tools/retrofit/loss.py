@@ -48,10 +48,11 @@ class _DistillationKL(torch.autograd.Function):
             own = _logits(student[part], student_head).log_softmax(-1)
             probability = target.exp()
             total += (probability * (target - own)).sum()
-            by_logits = (own.exp_() - probability).div_(tokens).to(student_head.dtype)
-            grad[part] = by_logits @ student_head
+            # Divided by N only after the products: in 16 bits most of these would vanish.
+            by_logits = (own.exp_() - probability).to(student_head.dtype)
+            grad[part] = (by_logits @ student_head).div_(tokens)
             if grad_head is not None:
-                grad_head += by_logits.T @ student[part].to(by_logits.dtype)
+                grad_head += (by_logits.T @ student[part].to(by_logits.dtype)).div_(tokens)
         ctx.save_for_backward(grad, *(() if grad_head is None else (grad_head,)))
         return total / tokens
 

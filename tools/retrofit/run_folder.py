@@ -36,11 +36,20 @@ class RunFolder:
         """Where the finished model goes."""
         return self.path / "final"
 
-    def create(self, settings: RetrofitSettings, about: dict[str, Any]) -> None:
-        """Begin a run in an empty or missing folder. about: model, sources of text, and their digest."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    def check_free(self) -> None:
+        """ValueError unless a run can begin here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; choose another --out")
+        if self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty; go on with its run by --resume, or choose another --out")
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def create(self, settings: RetrofitSettings, about: dict[str, Any]) -> None:
+        """Begin a run in an empty or missing folder. about: model, sources of text, and their digests."""
+        self.check_free()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"can't make the folder {self.path}: {error}") from error
         self._replace(_SETTINGS, json.dumps({"settings": asdict(settings), **about}, indent=2) + "\n")
 
     def read(self) -> tuple[RetrofitSettings, dict[str, Any]]:
@@ -51,23 +60,26 @@ class RunFolder:
         about = read_json_object(path)
         try:
             values = dict(about.pop("settings"))
-            settings = RetrofitSettings(**(values | {"trainable": tuple(values["trainable"])}))
-            if not {"model", "sources", "text_sha256"} <= about.keys():
-                raise KeyError("model, sources or text_sha256")
+            chosen = values["trainable"]
+            settings = RetrofitSettings(**(values | {"trainable": None if chosen is None else tuple(chosen)}))
+            for key in ("model", "sources", "text_sha256", "base_sha256", "device"):
+                about[key]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} doesn't describe a training run: {error}") from error
         return settings, about
 
     def log(self) -> list[dict[str, Any]]:
-        """All whole lines of the log."""
+        """The lines of the log up to the first that is not whole, which a run that was killed may have left."""
         if not self.log_path.exists():
             return []
         lines = []
         for line in self.log_path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # the last line of a run that was killed while it wrote
+                value = json.loads(line)
+                int(value["step"])
+            except (ValueError, TypeError, KeyError):
+                break
+            lines.append(value)
         return lines
 
     def cut_log(self, steps: int) -> None:
@@ -77,8 +89,11 @@ class RunFolder:
 
     def append_log(self, line: dict[str, Any]) -> None:
         """Add one step."""
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.log_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the state in one go: until the new one is whole on the disk, the old one stays."""
@@ -90,10 +105,7 @@ class RunFolder:
             new.replace(self.path / _STATE)
         except (OSError, RuntimeError) as error:
             new.unlink(missing_ok=True)
-            raise ValueError(
-                f"can't save the state of the run in {self.path}: {error}; the last whole state is kept: make room "
-                "and go on with --resume"
-            ) from error
+            raise self._unwritable(error) from error
 
     def load_state(self) -> dict[str, Any] | None:
         """The last state saved; None if there is none yet."""
@@ -102,6 +114,8 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not {"parameters", "optimizer", "done", "trained_s"} <= state.keys():
+                raise ValueError("it holds something else")
             return state
         except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
             reason = str(error).partition("\n")[0]
@@ -113,5 +127,15 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         new = self.path / (name + ".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(self.path / name)
+        try:
+            new.write_text(text, encoding="utf-8")
+            new.replace(self.path / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"can't write the run in {self.path}: {error}; its last whole state is kept: make room and go on with "
+            "--resume"
+        )

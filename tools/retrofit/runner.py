@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +14,16 @@ from typing import Any
 import torch
 
 from fastdms import __version__
-from fastdms.bundled_model import default_model
-from fastdms.checkpoint import Checkpoint, open_checkpoint
+from fastdms.checkpoint import Checkpoint
 from fastdms.progress import progress
 from fastdms.tokenizer import load_tokenizer
+from fastdms.tools.retrofit.base import folder_of, load_base, open_base
 from fastdms.tools.retrofit.plot import plot_log
 from fastdms.tools.retrofit.run_folder import RunFolder
 from fastdms.tools.retrofit.settings import RetrofitSettings
 from fastdms.tools.retrofit.text import pack, read_documents, text_digest
 from fastdms.tools.retrofit.trainer import Trainer
-from fastdms.tools.retrofit.write import write_result
+from fastdms.tools.retrofit.write import base_sha256, write_result
 
 __all__ = ["begin", "resume"]
 
@@ -35,14 +36,17 @@ def begin(model: str | None, sources: list[str], out: Path, settings: RetrofitSe
     model: a folder or hub id; None: the base of the default model.
 
     Raises ValueError for a checkpoint that has DMS already or can't be trained, for too little text, and for an ``out``
-    that isn't empty; KeyboardInterrupt, after saving, when interrupted.
+    that isn't empty or lies within the text; KeyboardInterrupt, after saving, when interrupted.
     """
-    checkpoint = _trainable(model)
-    contexts = pack(read_documents(sources), load_tokenizer(_folder(checkpoint)), settings.context)
+    checkpoint = open_base(model, settings)
     folder = RunFolder(out)
+    folder.check_free()
+    _check_apart(out, sources)
+    contexts = pack(read_documents(sources), load_tokenizer(folder_of(checkpoint)), settings.context)
     about = {
         "model": model,
-        "base": _folder(checkpoint).resolve().name,
+        "base": folder_of(checkpoint).resolve().name,
+        "base_sha256": base_sha256(folder_of(checkpoint)),
         "sources": sources,
         "text_sha256": text_digest(contexts),
         "contexts": len(contexts),
@@ -57,14 +61,20 @@ def begin(model: str | None, sources: list[str], out: Path, settings: RetrofitSe
 def resume(out: Path, device: torch.device) -> Path:
     """Go on with the run in ``out`` from its last state, exactly as if it had not stopped.
 
-    Raises ValueError as ``begin`` does, and when the text is no longer what it was.
+    Raises ValueError as ``begin`` does, and when text, base or kind of device are no longer what they were.
     """
     folder = RunFolder(out)
     settings, about = folder.read()
     if folder.checkpoint.exists():
         raise ValueError(f"the run in {out} is done: its checkpoint is {folder.checkpoint}")
-    checkpoint = _trainable(about["model"])
-    contexts = pack(read_documents(about["sources"]), load_tokenizer(_folder(checkpoint)), settings.context)
+    if (about["device"] == "cpu") != (device.type == "cpu"):
+        raise ValueError(
+            f"the run in {out} began on {about['device']}, and computes otherwise on {device}: see --device"
+        )
+    checkpoint = open_base(about["model"], settings)
+    if base_sha256(folder_of(checkpoint)) != about["base_sha256"]:
+        raise ValueError(f"the base of the run in {out} has changed since it began: {checkpoint.name}")
+    contexts = pack(read_documents(about["sources"]), load_tokenizer(folder_of(checkpoint)), settings.context)
     if text_digest(contexts) != about["text_sha256"]:
         raise ValueError(f"the text of the run in {out} has changed since it began: {', '.join(about['sources'])}")
     return _train(folder, checkpoint, contexts, settings, about, device)
@@ -79,7 +89,7 @@ def _train(
     device: torch.device,
 ) -> Path:
     state = folder.load_state()
-    trainer = Trainer(_transformers_model(checkpoint, settings, device), contexts, settings)
+    trainer = Trainer(load_base(checkpoint, settings, device), contexts, settings)
     done, trained_s = 0, 0.0
     if state is not None:
         trainer.load_state(state)
@@ -90,7 +100,7 @@ def _train(
         bar.update(done)
         while done < settings.steps:
             began = time.perf_counter()
-            line = trainer.step(done)
+            line = _step(trainer, done)
             elapsed = time.perf_counter() - began
             trained_s += elapsed
             line |= {"tokens_per_s": round(tokens / elapsed, 1), "trained_s": round(trained_s, 3)}
@@ -101,52 +111,42 @@ def _train(
                 f"{line['tokens_per_s']:,.0f} tok/s"
             )
             bar.update(1)
-            if stopped or done % SAVE_EVERY_STEPS == 0:
+            if stopped or done % SAVE_EVERY_STEPS == 0 or done == settings.steps:
                 folder.save_state({**trainer.state(), "done": done, "trained_s": trained_s})
             if stopped:
                 raise KeyboardInterrupt(f"stopped after step {done}")
-    _draw(folder, checkpoint)
     training = {"config": {**about, "settings": asdict(settings)}, "steps": done, "trained_s": round(trained_s, 1)}
     written = write_result(folder, checkpoint, trainer, training | {"last": folder.log()[-1]})
     folder.drop_state()
+    _draw(folder, checkpoint)
     return written
 
 
-def _trainable(given: str | None) -> Checkpoint:
-    model = str(default_model(adapter=False)) if given is None else given
-    checkpoint = open_checkpoint(model)
-    if checkpoint.dms is not None:
-        raise ValueError(f"{model} already has DMS (window {checkpoint.dms.window_tokens}); give its base model")
-    if checkpoint.tokenizer_path is None or not checkpoint.tokenizer_path.is_dir():
-        raise ValueError(f"{model} is no folder of safetensors or hub id, which training needs")
-    return checkpoint
-
-
-def _folder(checkpoint: Checkpoint) -> Path:
-    assert checkpoint.tokenizer_path is not None
-    return checkpoint.tokenizer_path
-
-
-def _transformers_model(checkpoint: Checkpoint, settings: RetrofitSettings, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    # A frozen base is read as it is stored; weights that are trained need fp32 masters.
-    stored = settings.layout == "adapter" and device.type == "cuda"
-    dtype = checkpoint.config.weight_dtype if stored else torch.float32
+def _step(trainer: Trainer, step: int) -> dict[str, Any]:
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            _folder(checkpoint), dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
-        return model.to(device)
-    except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"no memory on {device} for the weights of {checkpoint.name}: {error}") from error
+        return trainer.step(step)
+    except torch.OutOfMemoryError as error:
+        s = trainer.settings
+        raise ValueError(
+            f"no memory on {trainer.device} for {s.micro_batch or s.sequences} sequences of {s.context:,} tokens at "
+            "once; ask for fewer with --micro-batch"
+        ) from error
+
+
+def _check_apart(out: Path, sources: Sequence[str]) -> None:
+    """A run's own files must not become part of its text."""
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"--out {out} lies within the text {source}; choose a folder outside of it")
 
 
 def _draw(folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """The picture is no reason to lose a run."""
     try:
         plot_log(folder.path / "training.png", folder.log(), f"retrofit of {checkpoint.name}")
-    except ImportError as error:
-        print(f"fastdms: no picture of the run: {error}")
+    except (ImportError, OSError) as error:
+        print(f"fastdms: no picture of the run: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def _stopping() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever started us handles signals
+    except ValueError:  # not in the main thread, whose own handlers stay
         yield received
         return
     try:

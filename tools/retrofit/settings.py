@@ -13,6 +13,8 @@ __all__ = ["RetrofitSettings"]
 Layout = Literal["adapter", "nvidia", "shisa"]
 _WARM_UP_STEPS = 10
 _LAST_LEARNING_RATE = 0.05
+_MOST_COMPRESSION = 1000
+_TOO_LARGE = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +25,17 @@ class RetrofitSettings:
         projection of its own; ``"nvidia"``, ``"shisa"``: the borrowed query channel, after it has been faded to zero.
     window_tokens: tokens besides the query's own that stay visible whatever their flag.
     target_compression: tokens per token kept, counted over all tokens; > 1.
-    context, sequences: tokens of a training sequence, sequences of a step. micro_batch: sequences that run at once.
+    context, sequences: tokens of a training sequence, sequences of a step. micro_batch: sequences that run at once, a
+        divisor of ``sequences``; None: all. Part of the recipe: noise and shortfall are those of a micro batch.
     zeroing_steps: steps in which the borrowed channel fades; 0 for an adapter. ramp_steps: then the compression asked
         for rises linearly from 1 to the target. anneal_steps: then it stays there while the learning rate falls.
-    learning_rate: peak of AdamW (betas 0.9 and 0.95, no weight decay, gradient norm clipped to 1).
+    learning_rate: peak of AdamW (betas 0.9 and 0.95, no weight decay, gradient norm clipped to 1). It warms up over
+        the first ten steps.
     aux_weight: of the one-sided loss that pulls the flagged share up to the target.
     tau_start, tau_end: temperature of the Gumbel-sigmoid, falling linearly over ramp and annealing.
     alpha_scale, alpha_offset: the decision is ``alpha_scale * s - alpha_offset > 0``.
-    trainable: parts of names of the weights to train besides the decision's own; only for a borrowed channel.
+    trainable: with a borrowed channel, parts of names of the weights to train besides q_proj; None: all weights.
+    seed: of text order and noise.
 
     Raises ValueError for a value outside its range.
     """
@@ -40,7 +45,7 @@ class RetrofitSettings:
     target_compression: float = 4.0
     context: int = 2048
     sequences: int = 8
-    micro_batch: int = 8
+    micro_batch: int | None = None
     zeroing_steps: int = 0
     ramp_steps: int = 150
     anneal_steps: int = 150
@@ -50,34 +55,39 @@ class RetrofitSettings:
     tau_end: float = 0.1
     alpha_scale: float = 100.0
     alpha_offset: float = 5.0
-    trainable: tuple[str, ...] = ("",)
+    trainable: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.layout not in ("adapter", "nvidia", "shisa"):
             raise ValueError(f"layout must be adapter, nvidia or shisa, got {self.layout!r}")
-        least = {"context": 2, "sequences": 1, "micro_batch": 1, "zeroing_steps": 0, "ramp_steps": 1}
-        for name, minimum in (least | {"anneal_steps": 0, "window_tokens": 0}).items():
+        least = {"context": 2, "sequences": 1, "zeroing_steps": 0, "ramp_steps": 1, "anneal_steps": 0}
+        for name, minimum in (least | {"window_tokens": 0, "seed": 0}).items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < _TOO_LARGE:
+                raise ValueError(f"{name} must be an integer >= {minimum} and < 2**31, got {value!r}")
         for name in ("learning_rate", "aux_weight", "tau_start", "tau_end", "alpha_scale", "alpha_offset"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}")
         target = self.target_compression
-        if not isinstance(target, (int, float)) or not 1 < target < math.inf:
-            raise ValueError(f"target_compression must be a number > 1, got {target!r}")
+        if not isinstance(target, (int, float)) or not 1 < target <= _MOST_COMPRESSION:
+            raise ValueError(f"target_compression must be a number > 1, at most {_MOST_COMPRESSION:,}, got {target!r}")
         if self.window_tokens >= self.context - 1:
             raise ValueError(
                 f"window_tokens {self.window_tokens} leaves nothing to evict in a context of {self.context} tokens"
             )
-        if self.sequences % self.micro_batch:
-            raise ValueError(f"sequences {self.sequences} is not a multiple of micro_batch {self.micro_batch}")
+        part = self.micro_batch
+        if part is not None and (isinstance(part, bool) or not isinstance(part, int) or part < 1):
+            raise ValueError(f"micro_batch must be an integer >= 1, got {part!r}")
+        if part is not None and self.sequences % part:
+            raise ValueError(f"sequences {self.sequences} is not a multiple of micro_batch {part}")
         if self.layout == "adapter" and self.zeroing_steps:
             raise ValueError("zeroing_steps must be 0 for an adapter: it borrows no query channel")
-        if not self.trainable:
-            raise ValueError("trainable must name at least one part of a weight's name")
+        if self.layout == "adapter" and self.trainable is not None:
+            raise ValueError("trainable is for a borrowed channel; an adapter leaves its base alone")
+        if self.trainable is not None and not (self.trainable and all(self.trainable)):
+            raise ValueError("trainable must name parts of weights' names, none of them empty")
 
     @property
     def rule(self) -> DMSConfig:

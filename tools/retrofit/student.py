@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ _MASKED = "fastdms_soft_mask"
 class Decisions:
     """How one forward pass decides. ``tau``: temperature; ``generator``: of the noise, None for hard decisions.
 
-    borrowed_share: how much of the borrowed channel attention sees; ``masks``: whether decisions mask at all.
+    masks: whether decisions are made and mask; where not, ``borrowed_share`` of the borrowed channel is left in
+        q_proj's output (and, in a layout that zeroes after RoPE too, of what it is there).
     Filled by the pass, one entry per layer: ``soft``, the mean of alpha (differentiable), ``hard``, that of ``a > 0``.
     """
 
@@ -63,6 +65,8 @@ class Student:
                 layer.register_forward_pre_hook(self._adapter_hook(index), with_kwargs=True)
             else:
                 query = getattr(layer.self_attn, "q_norm", None) or layer.self_attn.q_proj
+                # It fades where its rows will be cleared, before any norm; it is read where the runtime reads it.
+                layer.self_attn.q_proj.register_forward_hook(self._fade_hook)
                 query.register_forward_hook(self._borrow_hook(index))
 
     def dense(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -77,14 +81,13 @@ class Student:
 
     @contextmanager
     def _deciding(self, decisions: Decisions) -> Iterator[None]:
-        # The registry is transformers' own and global; the function belongs to this pass.
-        ALL_ATTENTION_FUNCTIONS.register(_MASKED, self._attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_MASKED, lambda *args, **kwargs: None)
         config: Any = self.model.config
         config._attn_implementation, self._pass = _MASKED, decisions
+        running = _running.set(self)
         try:
             yield
         finally:
+            _running.reset(running)
             config._attn_implementation, self._pass = _DENSE, None
 
     def _adapter_hook(self, index: int) -> Any:
@@ -99,20 +102,31 @@ class Student:
 
         return hook
 
+    def _fade_hook(self, module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if self._pass is None or self._pass.masks:
+            return None
+        return self._scaled(self._grouped(output), self._pass.borrowed_share).reshape(output.shape)
+
     def _borrow_hook(self, index: int) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-            if self._pass is None:
+        def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            if self._pass is None or not self._pass.masks:
                 return None
-            heads = output.unflatten(-1, (-1, self.head_dim)) if output.dim() == 3 else output
-            grouped = heads.unflatten(2, (self.num_kv_heads, -1))  # [B, T, Hkv, G, D]
-            borrowed = grouped[..., 0, -1]
-            if self._pass.masks:
-                self._decide(index, borrowed.float())
-            seen = torch.ones(grouped.shape[3:], dtype=output.dtype, device=output.device)
-            seen[0, -1] = self._pass.borrowed_share
-            return (grouped * seen).reshape(output.shape)
+            grouped = self._grouped(output)
+            self._decide(index, grouped[..., 0, -1].float())
+            return self._scaled(grouped, 0.0).reshape(output.shape)
 
         return hook
+
+    def _grouped(self, query: torch.Tensor) -> torch.Tensor:
+        """``[B, T, Hq * D]`` or ``[B, T, Hq, D]`` -> ``[B, T, Hkv, G, D]``."""
+        heads = query.unflatten(-1, (-1, self.head_dim)) if query.dim() == 3 else query
+        grouped: torch.Tensor = heads.unflatten(2, (self.num_kv_heads, -1))
+        return grouped
+
+    def _scaled(self, grouped: torch.Tensor, share: float) -> torch.Tensor:
+        seen = torch.ones(grouped.shape[3:], dtype=grouped.dtype, device=grouped.device)
+        seen[0, -1] = share
+        return grouped * seen
 
     def _decide(self, index: int, decision_input: torch.Tensor) -> None:
         """decision_input: ``[B, T, Hkv]`` fp32. alpha = sigmoid((a + noise) / tau), log_keep = log(1 - alpha)."""
@@ -148,12 +162,24 @@ class Student:
             seen = torch.ones(query.shape[1], 1, self.head_dim, dtype=query.dtype, device=query.device)
             seen[:: query.shape[1] // self.num_kv_heads, :, -1] = self._pass.borrowed_share
             query = query * seen
-        if not self._pass.masks:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        else:
-            log_keep = self._pass.log_keep.pop(module.layer_idx)
-            out = soft_attention(query, key, value, log_keep, window_tokens=self.rule.window_tokens, sm_scale=scaling)
+        # Also where nothing masks yet: its backward gives the same bits each time, which an exact restart needs.
+        log_keep = (
+            self._pass.log_keep.pop(module.layer_idx) if self._pass.masks else query.new_zeros(key.shape[:3]).float()
+        )
+        out = soft_attention(query, key, value, log_keep, window_tokens=self.rule.window_tokens, sm_scale=scaling)
         return out.transpose(1, 2), None
+
+
+# The student whose masked pass runs: transformers' registry is global, and would keep a student for ever.
+_running: ContextVar[Student] = ContextVar("running")
+
+
+def _attend_as_running(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return _running.get()._attend(*args, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_MASKED, _attend_as_running)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_MASKED, lambda *args, **kwargs: None)
 
 
 def add_adapter(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastdms.progress import progress
+from fastdms.tokenizer import encode_prompt, render_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["pack", "read_documents", "text_digest"]
+__all__ = ["Document", "pack", "read_documents", "text_digest"]
 
 _DATASET = "dataset:"
 # Long texts are tokenised in pieces that end with a paragraph, so that the tokenizer's threads share them.
@@ -26,8 +27,15 @@ _BATCH_PIECES = 64
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
-def read_documents(sources: Sequence[str]) -> Iterator[str | list[dict[str, str]]]:
-    """The documents of ``sources`` in turn: text, or chats as lists of messages.
+class Document(NamedTuple):
+    """Text, or a chat as a list of messages, and where it stands, for messages."""
+
+    where: str
+    content: str | list[dict[str, str]]
+
+
+def read_documents(sources: Sequence[str]) -> Iterator[Document]:
+    """The documents of ``sources`` in turn.
 
     A source is a text file (one document), a ``.jsonl`` file whose lines are objects with ``text`` or ``messages``, a
     folder (its .txt, .md and .jsonl files, by name), or ``dataset:NAME[:SPLIT]``, which the package ``datasets`` loads.
@@ -41,16 +49,16 @@ def read_documents(sources: Sequence[str]) -> Iterator[str | list[dict[str, str]
             yield from _dataset(source)
             continue
         for path in _files(source):
-            yield from _json_lines(path) if path.suffix == ".jsonl" else [_text(path)]
+            yield from _json_lines(path) if path.suffix == ".jsonl" else [Document(str(path), _text(path))]
 
 
-def pack(
-    documents: Iterator[str | list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase, context: int
-) -> npt.NDArray[np.int32]:
+def pack(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, context: int) -> npt.NDArray[np.int32]:
     """Token ids ``[N, context]``: documents in order, each followed by the end token, cut into full contexts.
 
-    Raises ValueError if there is less text than one context.
+    Where the tokenizer begins a text with a BOS every context does, as every prompt will.
+    Raises ValueError if there is less text than one context, and for a document that can't be read, by its name.
     """
+    start = np.asarray(encode_prompt(tokenizer, ""), np.int32)
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     ids: list[npt.NDArray[np.int32]] = []
     for document in progress(documents, desc="reading text", unit=" documents"):
@@ -59,10 +67,12 @@ def pack(
                 ids.append(np.asarray(piece, np.int32))
         ids.append(np.asarray(end, np.int32))
     tokens = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-    full = len(tokens) // context
+    fresh = context - len(start)
+    full = len(tokens) // fresh
     if full == 0:
         raise ValueError(f"the text has {len(tokens):,} tokens, less than one context of {context:,}")
-    return tokens[: full * context].reshape(full, context)
+    cut = tokens[: full * fresh].reshape(full, fresh)
+    return np.concatenate([np.broadcast_to(start, (full, len(start))), cut], axis=1)
 
 
 def text_digest(contexts: npt.NDArray[np.int32]) -> str:
@@ -89,8 +99,8 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[str | list[dict[str, str]]]:
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+def _json_lines(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -99,7 +109,7 @@ def _json_lines(path: Path) -> Iterator[str | list[dict[str, str]]]:
             yield _document(row, f"{path}, line {number}")
 
 
-def _dataset(source: str) -> Iterator[str | list[dict[str, str]]]:
+def _dataset(source: str) -> Iterator[Document]:
     name, _, split = source.removeprefix(_DATASET).partition(":")
     try:
         from datasets import load_dataset
@@ -113,20 +123,24 @@ def _dataset(source: str) -> Iterator[str | list[dict[str, str]]]:
         yield _document(row, f"{source}, row {number}")
 
 
-def _document(row: Any, where: str) -> str | list[dict[str, str]]:
+def _document(row: Any, where: str) -> Document:
     text = row.get("text") if isinstance(row, dict) else None
     messages = row.get("messages") if isinstance(row, dict) else None
     if isinstance(text, str):
+        return Document(where, text)
+    if isinstance(messages, list):
+        return Document(where, messages)
+    raise ValueError(f'{where}: needs "text", a string, or "messages", a list with role and content')
+
+
+def _as_text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        content = document.content
+        text = content if isinstance(content, str) else render_conversation(tokenizer, content)
+        text.encode()
         return text
-    if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        return messages
-    raise ValueError(f'{where}: needs "text", or "messages" with role and content')
-
-
-def _as_text(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    if isinstance(document, str):
-        return document
-    return str(tokenizer.apply_chat_template(document, tokenize=False))
+    except ValueError as error:
+        raise ValueError(f"{document.where}: {error}") from error
 
 
 def _batches(text: str) -> Iterator[list[str]]:

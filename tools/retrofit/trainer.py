@@ -26,10 +26,11 @@ _BETAS = (0.9, 0.95)
 
 def contexts_of_step(step: int, sequences: int, num_contexts: int, seed: int) -> list[int]:
     """Which contexts ``step`` trains on: each epoch is a permutation of its own, drawn from ``seed``."""
-    chosen = []
-    for i in range(step * sequences, (step + 1) * sequences):
-        epoch, place = divmod(i, num_contexts)
-        chosen.append(int(np.random.default_rng((seed, epoch)).permutation(num_contexts)[place]))
+    chosen: list[int] = []
+    while len(chosen) < sequences:
+        epoch, place = divmod(step * sequences + len(chosen), num_contexts)
+        order = np.random.default_rng((seed, epoch)).permutation(num_contexts)
+        chosen += order[place : place + sequences - len(chosen)].tolist()
     return chosen
 
 
@@ -48,6 +49,7 @@ class Trainer:
         self.device = model.device
         model.eval()  # no dropout; gradients don't ask for training mode
         self.adapter = settings.layout == "adapter"
+        self.tied = model.lm_head.weight is model.model.embed_tokens.weight
         teacher: Any = model
         if self.adapter:
             add_adapter(model)
@@ -72,7 +74,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(s.seed * 1_000_003 + step)
         chosen = contexts_of_step(step, s.sequences, len(self.contexts), s.seed)
         token_ids = torch.from_numpy(self.contexts[chosen].astype(np.int64)).to(self.device)
-        parts = token_ids.split(s.micro_batch)
+        parts = token_ids.split(s.micro_batch or s.sequences)
         figures = torch.stack([self._accumulate(part, step, generator) for part in parts]).mean(0)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), _CLIP_NORM)
         kl, shortfall, soft, hard, grad_norm = torch.cat([figures, norm[None]]).tolist()
@@ -143,7 +145,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _choose(model: PreTrainedModel, trainable: Sequence[str]) -> None:
+def _choose(model: PreTrainedModel, trainable: Sequence[str] | None) -> None:
     """Train the weights whose names have one of ``trainable`` in them, and q_proj, which makes the decisions."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in trainable or ():
+        if not any(part in name for name in names):
+            raise ValueError(f"trainable: no weight has {part!r} in its name, such as {names[1]}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("q_proj" in name or any(part in name for part in trainable))
+        parameter.requires_grad_(trainable is None or "q_proj" in name or any(part in name for part in trainable))

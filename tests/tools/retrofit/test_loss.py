@@ -27,6 +27,19 @@ def test_kl_and_gradients_are_those_of_the_definition(monkeypatch, tokens, head_
         torch.testing.assert_close(grad, expected)
 
 
+def test_gradients_survive_16_bits() -> None:
+    """Of many tokens with small differences: each one's share of the mean is below what fp16 can hold."""
+    student, head = torch.randn(4096, 32), torch.randn(512, 32)
+    teacher = student + 0.01 * torch.randn(4096, 32)
+    exact, rounded = student.clone().requires_grad_(), student.half().requires_grad_()
+    distillation_kl(exact, teacher, head, head).backward()
+    distillation_kl(rounded, teacher, head.half(), head).backward()
+    assert exact.grad is not None
+    assert rounded.grad is not None
+    cosine = F.cosine_similarity(rounded.grad.double().flatten(), exact.grad.double().flatten(), dim=0)
+    assert cosine > 0.9
+
+
 def test_kl_of_a_model_with_itself_is_zero() -> None:
     hidden, head = torch.randn(7, 6, requires_grad=True), torch.randn(11, 6)
     own = distillation_kl(hidden, hidden.detach(), head, head)

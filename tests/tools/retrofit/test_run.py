@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastdms
 from fastdms.checkpoint import open_checkpoint
@@ -106,7 +107,7 @@ def test_killed_between_saves_goes_back_to_the_last_state(base, prose, tmp_path,
     with pytest.raises(RuntimeError, match="power cut"):
         _train(base, prose, out)
     with RunFolder(out).log_path.open("a") as file:
-        file.write('{"step": 9, "kl": 0.')
+        file.write('[]\n{"step": 9, "kl": 0.')
     monkeypatch.setattr(Trainer, "step", step)
     assert main(["retrofit", "--resume", str(out), "--device", "cpu"]) == 0
     assert [line["step"] for line in RunFolder(out).log()] == list(range(16))
@@ -150,8 +151,14 @@ def test_bad_runs_are_one_line_and_leave_nothing(base, prose, tmp_path, capsys) 
     byte_level().save_pretrained(sparse)
     given = ["--text", prose, "--out", out]
     cases = {
-        (base, *given, *_RECIPE, "--target-compression", "0.5"): "target_compression must be a number > 1, got 0.5",
-        (base, *given, *_RECIPE, "--context", "99999"): "less than one context of 99,999",
+        (
+            base,
+            *given,
+            *_RECIPE,
+            "--target-compression",
+            "0.5",
+        ): "target_compression must be a number > 1, at most 1,000, got 0.5",
+        (base, *given, *_RECIPE, "--context", "99999"): "context 99,999 exceeds the 1,024 positions of",
         (sparse, *given, *_RECIPE): "already has DMS (window 7); give its base model",
         (base, *given, *_RECIPE, "--layout", "other"): "layout must be adapter, nvidia or shisa, got 'other'",
         (base, "--text", tmp_path / "none.txt", "--out", out, *_RECIPE): "is no file or folder",
@@ -159,10 +166,105 @@ def test_bad_runs_are_one_line_and_leave_nothing(base, prose, tmp_path, capsys) 
         (base, "--out", out): "--text and --out are needed",
         ("--resume", out): f"{out} holds no training run",
         ("--resume", out, *given): "give nothing besides --device",
+        ("--resume", out, "--learning-rate", "9"): "give nothing besides --device",
+        (base, *given, *_RECIPE, "--context", "1024", "--text", tmp_path / "short.txt"): "is no file or folder",
+        (base, *given, *_RECIPE, "--trainable", "q_proj"): "trainable is for a borrowed channel",
+        (base, "--text", prose.parent, "--out", out, *_RECIPE): f"--out {out} lies within the text",
+        (base, "--text", prose, "--out", prose, *_RECIPE): f"{prose} is a file; choose another --out",
     }
     for arguments, message in cases.items():
         assert message in _error(arguments, capsys)
         assert not out.exists()
+
+
+def test_weights_that_do_not_exist_are_named(base, prose, tmp_path, capsys) -> None:
+    arguments = [
+        base,
+        "--text",
+        prose,
+        "--out",
+        tmp_path / "out",
+        *_RECIPE,
+        "--layout",
+        "shisa",
+        "--trainable",
+        "nothing",
+    ]
+    assert "trainable: no weight has 'nothing' in its name" in _error(arguments, capsys)
+
+
+def test_dms_that_is_declared_unused_is_still_no_base(base, prose, tmp_path, capsys) -> None:
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dms_window_size": 4, "dms_disable_eviction": True}))
+    assert "already has DMS, which it declares not to use" in _error(
+        [base, "--text", prose, "--out", tmp_path / "out", *_RECIPE], capsys
+    )
+
+
+def test_a_base_that_transformers_cannot_load_is_named(base, prose, tmp_path, capsys) -> None:
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+    assert "transformers can't load" in _error([base, "--text", prose, "--out", tmp_path / "out", *_RECIPE], capsys)
+
+
+@pytest.mark.parametrize("layout", ["nvidia", "shisa"])
+def test_what_was_trained_is_what_is_written(base, prose, tmp_path, monkeypatch, layout) -> None:
+    trainers: list[Trainer] = []
+    made = Trainer.__init__
+
+    def kept(self, *arguments):
+        trainers.append(self)
+        made(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "__init__", kept)
+    assert _train(base, prose, tmp_path / "run", "--layout", layout, "--zeroing-steps", "2") == 0
+    written, before = load_file(tmp_path / "run" / "final" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert written.keys() == before.keys()
+    for name, parameter in trainers[0].trained.items():
+        assert torch.equal(written[name], parameter), name
+    assert not all(torch.equal(written[name], before[name]) for name in written)
+
+
+def test_a_head_that_is_stored_although_it_is_the_embedding_is_written_as_trained(prose, tmp_path) -> None:
+    base = save_checkpoint(tiny_model("llama"), tmp_path / "base")
+    byte_level().save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    assert _train(base, prose, tmp_path / "run", "--layout", "shisa", "--zeroing-steps", "2") == 0
+    written = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+    assert not torch.equal(written["lm_head.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_a_picture_that_cannot_be_drawn_loses_nothing(base, prose, tmp_path, monkeypatch, capsys) -> None:
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdms.tools.retrofit.runner.plot_log", full)
+    assert _train(base, prose, tmp_path / "run") == 0
+    assert "no picture of the run: [Errno 28]" in capsys.readouterr().err
+    assert (tmp_path / "run" / "final" / "config.json").exists()
+
+
+def test_a_result_that_cannot_be_written_is_written_by_resuming(base, prose, tmp_path, monkeypatch, capsys) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "fastdms.tools.retrofit.runner.write_result", lambda *rest: (_ for _ in ()).throw(ValueError("full"))
+        )
+        assert _train(base, prose, tmp_path / "run") == 2
+    steps: list[int] = []
+    step = Trainer.step
+
+    def counted(self, number):
+        steps.append(number)
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    assert main(["retrofit", "--resume", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert steps == []
+    assert _train(base, prose, tmp_path / "whole") == 0
+    assert _adapter_bytes(tmp_path / "run") == _adapter_bytes(tmp_path / "whole")
 
 
 def test_unsupported_family_is_named(base, prose, tmp_path, capsys) -> None:
@@ -196,7 +298,16 @@ def test_resume_needs_the_same_text_and_a_whole_state(base, prose, tmp_path, mon
     prose.write_text(text.replace("harvest", "weather"))
     assert "has changed since it began" in _error(["--resume", out, "--device", "cpu"], capsys)
     prose.write_text(text)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors")
+    assert "the base of the run" in _error(["--resume", out, "--device", "cpu"], capsys)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    torch.save([1, 2], out / "state.pt")
+    assert "state.pt is damaged" in _error(["--resume", out, "--device", "cpu"], capsys)
     (out / "state.pt").write_bytes(b"not a state")
     assert "state.pt is damaged" in _error(["--resume", out, "--device", "cpu"], capsys)
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(run | {"device": "NVIDIA H100"}))
+    assert "began on NVIDIA H100, and computes otherwise on cpu" in _error(["--resume", out, "--device", "cpu"], capsys)
     (out / "run.json").write_text("{}")
     assert "doesn't describe a training run" in _error(["--resume", out], capsys)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -94,6 +96,27 @@ def test_adapter_starts_with_nothing_flagged_and_only_it_trains() -> None:
     assert not any(decisions.hard)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in new)
     assert model.model.layers[0].self_attn.dms_proj_alpha.weight.grad.any()
+
+
+@pytest.mark.parametrize("layout", ["nvidia", "shisa"])
+@pytest.mark.parametrize("family", ["llama_group3", "qwen3"])
+@torch.no_grad()
+def test_clearing_the_rows_of_a_channel_that_has_faded_changes_nothing(family, layout) -> None:
+    model, ids = tiny_model(family), torch.tensor([tiny_tokens(60)])
+    student = Student(model, _rule(layout))
+    faded = student.masked(ids, Decisions.drawn(masks=False, borrowed_share=0.0))
+    clear_borrowed_rows(model)
+    assert_logits_close(student.masked(ids, Decisions.drawn())[0], faded[0])
+
+
+def test_a_student_is_freed_with_its_model() -> None:
+    model = tiny_model("llama")
+    student = Student(model, _rule("shisa"))
+    student.masked(torch.tensor([tiny_tokens(20)]), Decisions.drawn())
+    freed = weakref.ref(model)
+    del model, student
+    gc.collect()
+    assert freed() is None
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastdms.tools.retrofit import text
-from fastdms.tools.retrofit.text import pack, read_documents, text_digest
+from fastdms.tools.retrofit.text import Document, pack, read_documents, text_digest
 from tests.tiny_tokenizers import byte_level
 
 
@@ -21,8 +21,15 @@ def test_sources_in_order(tmp_path) -> None:
     chat = [{"role": "user", "content": "hello"}]
     lines = tmp_path / "c.jsonl"
     lines.write_text(json.dumps({"text": "third"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
-    assert list(read_documents([str(tmp_path)])) == ["first", "second", "third", chat]
-    assert list(read_documents([str(lines), str(tmp_path / "a.md")])) == ["third", chat, "first"]
+    contents = [document.content for document in read_documents([str(tmp_path)])]
+    assert contents == ["first", "second", "third", chat]
+    documents = list(read_documents([str(lines), str(tmp_path / "a.md")]))
+    assert [document.content for document in documents] == ["third", chat, "first"]
+    assert [document.where for document in documents] == [
+        f"{lines}, line 1",
+        f"{lines}, line 3",
+        str(tmp_path / "a.md"),
+    ]
 
 
 def test_data_set(monkeypatch) -> None:
@@ -33,7 +40,8 @@ def test_data_set(monkeypatch) -> None:
         return [{"text": "one"}, {"text": "two"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert list(read_documents(["dataset:someone/prose:validation"])) == ["one", "two"]
+    documents = list(read_documents(["dataset:someone/prose:validation"]))
+    assert [document.content for document in documents] == ["one", "two"]
     assert asked == [("someone/prose", {"split": "validation", "streaming": True})]
 
 
@@ -46,10 +54,10 @@ def test_data_set_without_the_package(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a.jsonl, line 2: needs "text", or "messages"'),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r'a.jsonl, line 2: needs "text", a string, or "messages"'),
         ("a.jsonl", b"{}\nnot json\n", "a.jsonl, line 1: needs"),
         ("a.jsonl", b"not json\n", "a.jsonl, line 1: not valid JSON"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "a.jsonl, line 1: needs"),
+        ("a.jsonl", b'{"messages": 5}\n', "a.jsonl, line 1: needs"),
         ("a.txt", b"\xff\xfe", "a.txt is not UTF-8"),
     ],
 )
@@ -68,13 +76,17 @@ def test_no_text_is_named(tmp_path) -> None:
         list(read_documents([str(tmp_path)]))
 
 
+def _documents(*contents) -> list[Document]:
+    return [Document(f"document {number}", content) for number, content in enumerate(contents)]
+
+
 def test_pack_keeps_every_token_in_order(monkeypatch) -> None:
     monkeypatch.setattr(text, "_PIECE_CHARS", 20)
     monkeypatch.setattr(text, "_BATCH_PIECES", 2)
-    tokenizer = byte_level()
+    tokenizer = byte_level(adds_bos=False)
     document = "\n\n".join(f"paragraph number {i} says hello" for i in range(9))
     short = "a second document"
-    contexts = pack(iter([document, short]), tokenizer, 16)
+    contexts = pack(_documents(document, short), tokenizer, 16)
     end = tokenizer.eos_token_id
     expected = [*tokenizer(document, add_special_tokens=False)["input_ids"], end]
     expected += [*tokenizer(short, add_special_tokens=False)["input_ids"], end]
@@ -84,16 +96,51 @@ def test_pack_keeps_every_token_in_order(monkeypatch) -> None:
 
 
 def test_pack_writes_chats_by_the_template() -> None:
-    tokenizer = byte_level()
+    tokenizer = byte_level(adds_bos=False)
     chat = [{"role": "user", "content": "hello"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False)
     expected = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    assert pack(iter([chat]), tokenizer, len(expected))[0].tolist() == expected
+    assert pack(_documents(chat), tokenizer, len(expected))[0].tolist() == expected
+
+
+def test_each_context_begins_as_each_prompt_will() -> None:
+    tokenizer = byte_level(adds_bos=True)
+    contexts = pack(_documents("a longer text that fills a few contexts"), tokenizer, 8)
+    assert len(contexts) > 2
+    assert contexts[:, 0].tolist() == [tokenizer.bos_token_id] * len(contexts)
+    without = pack(_documents("a longer text that fills a few contexts"), byte_level(adds_bos=False), 7)
+    assert contexts[:, 1:].tolist() == without.tolist()
+
+
+def test_lines_of_jsonl_end_only_where_json_says(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [document.content for document in read_documents([str(path)])] == ["one\u2028two\u0085three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\ud800", "document 0: .*surrogates not allowed"),
+        ([], "document 0: messages must be a list of at least one"),
+        ([{"role": "user", "content": None}], "document 0: the content of message 0 must be a string"),
+        ([{"role": 5, "content": "x"}], "document 0: the role of message 0"),
+    ],
+)
+def test_documents_that_make_no_text_are_named(content, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack(_documents(content), byte_level(), 8)
+
+
+def test_a_template_that_refuses_a_chat_is_named() -> None:
+    tokenizer = byte_level(template="{{ raise_exception('no such turn') }}")
+    with pytest.raises(ValueError, match="document 0: the chat template refuses these messages: no such turn"):
+        pack(_documents([{"role": "user", "content": "x"}]), tokenizer, 8)
 
 
 def test_less_than_one_context_is_named() -> None:
     with pytest.raises(ValueError, match="less than one context of 512"):
-        pack(iter(["short"]), byte_level(), 512)
+        pack(_documents("short"), byte_level(adds_bos=False), 512)
 
 
 def test_digest_sees_text_and_shape() -> None:
