@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastdms.config import DMSConfig
     from fastdms.kv_report import KVReport
     from fastdms.llm import LLM
-    from fastdms.runtime import CompiledModel, compile
+    from fastdms.runtime import CompiledModel, IncompleteError, compile
     from fastdms.sampling_params import SamplingParams
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CompiledModel",
     "Completion",
     "DMSConfig",
+    "IncompleteError",
     "KVReport",
     "SamplingParams",
     "StreamPiece",
@@ -33,6 +34,7 @@ _HOMES = {
     "CompiledModel": "runtime",
     "Completion": "completion",
     "DMSConfig": "config",
+    "IncompleteError": "runtime",
     "KVReport": "kv_report",
     "SamplingParams": "sampling_params",
     "StreamPiece": "completion",

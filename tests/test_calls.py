@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from fastdms import runtime
+from fastdms import IncompleteError, runtime
 from fastdms.progress import progress
-from fastdms.runtime import IncompleteError
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_model, tiny_tokens
 from tests.running import check_idle, compiled, many, one
