@@ -10,7 +10,16 @@ import torch
 
 from fastdms.cache import CompactCache
 from fastdms.decoder import Chunk, Decoder, DenseHistory
-from fastdms.graphs import GraphCache, RowInput, StepBuffers, StepOutput, decode_buckets, make_buffers
+from fastdms.graphs import (
+    ARTIFACTS,
+    GraphCache,
+    RowInput,
+    StepBuffers,
+    StepOutput,
+    decode_buckets,
+    fingerprint,
+    make_buffers,
+)
 from fastdms.ops import sample
 
 __all__ = ["ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
@@ -53,9 +62,14 @@ def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[Pref
 
 
 class ModelRunner:
-    """Owns the decoder, its cache and the graph cache of its decode step."""
+    """Owns the decoder, its cache and the graph cache of its decode step.
 
-    def __init__(self, decoder: Decoder, cache: CompactCache, *, mode: str, max_concurrency: int) -> None:
+    debug: check before each replay that weights and state lie where they did at capture.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: CompactCache, *, mode: str, max_concurrency: int, debug: bool = False
+    ) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.embed.device
         self.dense_prefill = decoder.dms is not None and decoder.dms.prefill == "dense"
@@ -65,7 +79,11 @@ class ModelRunner:
             return _sample(logits, inputs), logits
 
         with inference(self.device):
-            self.graphs = GraphCache(step, mode=mode, buckets=decode_buckets(max_concurrency), device=self.device)
+            self.graphs = GraphCache(
+                step, mode=mode, buckets=decode_buckets(max_concurrency), device=self.device,
+                model=_fingerprint(decoder, cache), kv_dtype=str(cache.config.kv_dtype),
+                state=lambda: _state(decoder, cache), artifacts=ARTIFACTS, debug=debug,
+            )  # fmt: skip
             self.graphs.warm_up()
 
     def prefill(self, pieces: Sequence[PrefillPiece]) -> torch.Tensor:
@@ -113,6 +131,19 @@ class ModelRunner:
 
     def _tensor(self, values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def _fingerprint(decoder: Decoder, cache: CompactCache) -> str:
+    """Of all that a decode step is made of but the values of the weights."""
+    zeroing = [layer.zero_borrowed for layer in decoder.layers]
+    weights = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in decoder.state_dict().items()]
+    return fingerprint(decoder.config, decoder.dms, zeroing, decoder.cos.shape, weights, cache.config, repr(decoder))
+
+
+def _state(decoder: Decoder, cache: CompactCache) -> dict[str, torch.Tensor]:
+    """Every tensor that a decode step reads or writes beside its buffers."""
+    own = {name: tensor for name, tensor in vars(cache).items() if isinstance(tensor, torch.Tensor)}
+    return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers()), **own}
 
 
 def _sample(logits: torch.Tensor, inputs: StepBuffers) -> torch.Tensor:

@@ -1,13 +1,18 @@
 """Decode buckets, static buffers, capture, and the cache of what was captured."""
 
+from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
 from fastdms.graphs.buffers import MAX_BANNED, RowInput, StepBuffers, make_buffers
-from fastdms.graphs.cache import MODES, GraphCache, Step, StepOutput, check_mode
+from fastdms.graphs.cache import MODES, GraphCache, check_mode
+from fastdms.graphs.compiler import Step, StepOutput
+from fastdms.graphs.key import GraphKey, fingerprint
 
 __all__ = [
+    "ARTIFACTS",
     "MAX_BANNED",
     "MODES",
     "GraphCache",
+    "GraphKey",
     "RowInput",
     "Step",
     "StepBuffers",
@@ -15,5 +20,6 @@ __all__ = [
     "check_mode",
     "choose_bucket",
     "decode_buckets",
+    "fingerprint",
     "make_buffers",
 ]

@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import types
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastdms.graphs.artifacts import Artifacts
 from fastdms.graphs.bucket import choose_bucket
 from fastdms.graphs.buffers import RowInput, StepBuffers, make_buffers
-from fastdms.graphs.capture import capture
+from fastdms.graphs.capture import GraphRecorder, Recorder
+from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step
+from fastdms.graphs.key import GraphKey, machine_key, step_inputs
+from fastdms.graphs.report import format_report
 
-__all__ = ["MODES", "GraphCache", "Step", "StepOutput", "check_mode"]
+__all__ = ["MODES", "GraphCache", "check_mode"]
 
 MODES = ("graphs", "compile", "eager")
-StepOutput = tuple[torch.Tensor, torch.Tensor]  # sampled tokens [B] int64, logits [B, V] fp32
-Step = Callable[[StepBuffers], StepOutput]
-
-_WARM_UP_RUNS = 2  # the first compiles and specialises, the second shows that nothing is left to do
-_names = itertools.count()
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Bucket:
+    """What a bucket keeps while its entries come and go: its key, inputs, warmed-up code and counts."""
+
+    key: GraphKey
     inputs: StepBuffers
-    run: Callable[[], StepOutput]
+    code: Callable[[], StepOutput] | None = None
     runs: int = 0
     padded_rows: int = 0
+    captures: int = 0
+    kept_bytes: int = 0
+    seconds: float = 0.0
 
 
-class _Inductor:
-    """The compiler's backend; counts each time it is entered, so also when a guard fails while serving."""
-
-    def __init__(self) -> None:
-        self.compiles = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.compiles += 1
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, inputs)
-        return compiled
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    run: Callable[[], StepOutput]
+    kept_bytes: int
+    addresses: Mapping[str, int]
 
 
 def check_mode(mode: str, device: torch.device) -> None:
@@ -56,91 +55,179 @@ def check_mode(mode: str, device: torch.device) -> None:
 class GraphCache:
     """Runs decode steps of any batch size up to the largest bucket.
 
-    step: the whole decode step over static buffers; padding entries (position -1) touch no state.
+    step: the whole decode step over static buffers; padding entries (position -1) touch no state, so that warming up
+        with nothing but padding leaves none behind.
     mode: ``"eager"`` calls it, ``"compile"`` compiles it with ``fullgraph=True`` for each bucket, ``"graphs"`` captures
         that into one CUDA graph per bucket, which a step then replays.
+    model: the ``fingerprint`` of what the step is built from; kv_dtype: of its cache. Both enter the keys.
+    state: the tensors by name that the step reads and writes beside its buffers; only debugging asks for them.
+    memory_limit: bytes that all held graphs may keep beside the pool's shared scratch. Above it the least recently used
+        are dropped, and captured again when they are next needed; a single one that is too large stays. None: no limit.
+    artifacts: folder of the compiler's artifacts; None: none are read or written.
+    backend: of ``torch.compile``. recorder: captures; None: CUDA graphs.
+    debug: before each replay, AssertionError unless all tensors lie where they did at capture.
     """
 
-    def __init__(self, step: Step, *, mode: str, buckets: Sequence[int], device: torch.device) -> None:
-        check_mode(mode, device)
-        self._step, self._mode, self._buckets = step, mode, tuple(buckets)
-        self._buffers = make_buffers(self._buckets[-1], device)
-        self._entries: dict[int, _Entry] = {}
-        self._backend = _Inductor()  # the compiler never forgets it, so it holds nothing of this object
-        self._captures = 0
+    def __init__(
+        self,
+        step: Step,
+        *,
+        mode: str,
+        buckets: Sequence[int],
+        device: torch.device,
+        model: str = "",
+        kv_dtype: str = "",
+        state: Callable[[], Mapping[str, torch.Tensor]] = dict,
+        memory_limit: int | None = None,
+        artifacts: Path | None = None,
+        backend: str = "inductor",
+        recorder: Recorder | None = None,
+        debug: bool = False,
+    ) -> None:
+        if recorder is None:
+            check_mode(mode, device)
+            recorder = GraphRecorder() if mode == "graphs" else None
+        if memory_limit is not None and memory_limit < 0:
+            raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit}")
+        self._step: Step | None = step
+        self._state, self._mode, self._debug = state, mode, debug
+        self._memory_limit, self._recorder = memory_limit, recorder
+        self._backend = CountingBackend(backend)  # the compiler never forgets it, so it holds nothing of this object
+        self._artifacts = Artifacts(artifacts if mode != "eager" else None)
+        largest, machine = make_buffers(max(buckets), device), machine_key(device)
+        self._buckets = {
+            bucket: _Bucket(
+                GraphKey(
+                    bucket=bucket, inputs=step_inputs(largest.first(bucket)), kv_dtype=kv_dtype, mode=mode,
+                    backend=backend, model=model, machine=machine,
+                ),
+                largest.first(bucket),
+            )
+            for bucket in sorted(buckets)
+        }  # fmt: skip
+        self._sizes = tuple(self._buckets)
+        self._entries: dict[GraphKey, _Entry] = {}  # least recently used first
+        self._hits = self._misses = self._evictions = self._pool_bytes = 0
+        self._compiles_at_start: int | None = None
 
     def warm_up(self) -> None:
         """Make every bucket's entry, largest first, so that the smaller graphs find room in its pool."""
-        pool = torch.cuda.graph_pool_handle() if self._mode == "graphs" else None
-        self._buffers.fill([])
-        for bucket in reversed(self._buckets):
-            self._entries[bucket] = self._make_entry(bucket, pool)
+        with self._artifacts.around([bucket.key for bucket in self._buckets.values()]):
+            for bucket in reversed(self._buckets.values()):
+                self._make_entry(bucket)
+        self._compiles_at_start = self._backend.compiles
 
     def run(self, inputs: Sequence[RowInput]) -> StepOutput:
         """One step for ``inputs``: tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next run."""
-        entry = self._entries[choose_bucket(len(inputs), self._buckets)]
-        entry.inputs.fill(inputs)
+        bucket = self._buckets[choose_bucket(len(inputs), self._sizes)]
+        entry = self._entries.pop(bucket.key, None)
+        if entry is None:
+            self._misses += 1
+            entry = self._make_entry(bucket)
+        else:
+            self._hits += 1
+            self._entries[bucket.key] = entry
+        if self._debug:
+            self._check_addresses(bucket, entry)
+        bucket.inputs.fill(inputs)
         tokens, logits = entry.run()
-        entry.runs += 1
-        entry.padded_rows += tokens.shape[0] - len(inputs)
+        bucket.runs += 1
+        bucket.padded_rows += tokens.shape[0] - len(inputs)
         return tokens[: len(inputs)], logits[: len(inputs)]
 
     def stats(self) -> dict[str, Any]:
-        """Counts so far: real compiles and captures in all; runs and padded rows by bucket."""
+        """Counts so far.
+
+        compiles, captures: in all; recompiles: compiles after the warm-up. hits, misses: runs that found their entry,
+        or had to make it. evictions: entries dropped for the memory limit. pool_bytes: of the pool that all graphs
+        share. artifacts: see ``Artifacts.state``. By bucket: runs, padded_rows, bucket_captures, seconds spent making
+        entries, and the bytes that each held entry keeps.
+        """
+        buckets, held = self._buckets.items(), self._entries
+        started = self._compiles_at_start
         return {
             "mode": self._mode,
-            "buckets": self._buckets,
+            "buckets": self._sizes,
             "compiles": self._backend.compiles,
-            "captures": self._captures,
-            "runs": {bucket: entry.runs for bucket, entry in sorted(self._entries.items())},
-            "padded_rows": {bucket: entry.padded_rows for bucket, entry in sorted(self._entries.items())},
+            "recompiles": 0 if started is None else self._backend.compiles - started,
+            "captures": sum(bucket.captures for bucket in self._buckets.values()),
+            "hits": self._hits,
+            "misses": self._misses,
+            "evictions": self._evictions,
+            "pool_bytes": self._pool_bytes,
+            "artifacts": self._artifacts.state,
+            "runs": {size: bucket.runs for size, bucket in buckets},
+            "padded_rows": {size: bucket.padded_rows for size, bucket in buckets},
+            "bucket_captures": {size: bucket.captures for size, bucket in buckets},
+            "seconds": {size: bucket.seconds for size, bucket in buckets},
+            "bytes": {size: held[bucket.key].kept_bytes for size, bucket in buckets if bucket.key in held},
         }
+
+    def report(self) -> str:
+        """``stats`` as a small table."""
+        return format_report(self.stats())
 
     def close(self) -> None:
         """Drop all graphs, compiled code and the step itself."""
         self._entries.clear()
-        self._step = _closed
+        for bucket in self._buckets.values():
+            bucket.code = None
+        self._step, self._state, self._recorder = None, dict, None
 
-    def _make_entry(self, bucket: int, pool: Any) -> _Entry:
-        inputs = self._buffers.first(bucket)
+    def _make_entry(self, bucket: _Bucket) -> _Entry:
+        started = time.perf_counter()
+        bucket.inputs.fill([])  # what runs for warming up must not touch a live row
+        if bucket.code is None:
+            bucket.code = self._make_code(bucket.inputs)
+        if self._mode == "graphs":
+            self._make_room(bucket.kept_bytes)
+            entry = self._record(bucket, bucket.code)
+            self._make_room(entry.kept_bytes)
+        else:
+            entry = _Entry(bucket.code, 0, {})
+        self._entries[bucket.key] = entry
+        bucket.seconds += time.perf_counter() - started
+        return entry
+
+    def _make_code(self, inputs: StepBuffers) -> Callable[[], StepOutput]:
+        step = self._step
+        if step is None:
+            raise ValueError("this graph cache is closed")
         if self._mode == "eager":
-            return _Entry(inputs, lambda: self._step(inputs))
-        compiled = torch.compile(_own_code(self._step), backend=self._backend, fullgraph=True, dynamic=False)
-        if self._mode == "compile":
+            return lambda: step(inputs)
+        compiled = compile_step(step, self._backend)
+        if self._recorder is None:
             compiled(inputs)
-            return _Entry(inputs, lambda: compiled(inputs))
-        stream = _warm_up_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                compiled(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph, outputs = capture(lambda: compiled(inputs), pool)
-        self._captures += 1
+        else:
+            self._recorder.warm_up(lambda: compiled(inputs))
+        return lambda: compiled(inputs)
 
-        def replay() -> StepOutput:
-            graph.replay()
-            return outputs  # type: ignore[no-any-return]
+    def _record(self, bucket: _Bucket, code: Callable[[], StepOutput]) -> _Entry:
+        assert self._recorder is not None
+        replay, outputs, bucket.kept_bytes, pool_bytes = self._recorder.record(code)
+        bucket.captures += 1
+        self._pool_bytes += pool_bytes
 
-        return _Entry(inputs, replay)
+        def run() -> StepOutput:
+            replay()
+            return outputs
 
+        return _Entry(run, bucket.kept_bytes, self._addresses(bucket) if self._debug else {})
 
-def _closed(inputs: StepBuffers) -> StepOutput:
-    raise ValueError("this graph cache is closed")
+    def _make_room(self, num_bytes: int) -> None:
+        """Drop entries, the least recently used first, until ``num_bytes`` more stay within the limit."""
+        if self._memory_limit is None:
+            return
+        while self._entries and num_bytes + sum(e.kept_bytes for e in self._entries.values()) > self._memory_limit:
+            del self._entries[next(iter(self._entries))]
+            self._evictions += 1
 
+    def _addresses(self, bucket: _Bucket) -> dict[str, int]:
+        tensors = {**bucket.inputs._asdict(), **self._state()}
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
-@functools.cache
-def _warm_up_stream(device_index: int) -> torch.cuda.Stream:
-    """One for all models of a device: cuBLAS keeps a workspace for each stream that it ever ran on."""
-    return torch.cuda.Stream(device_index)
-
-
-def _own_code(step: Step) -> Step:
-    """``step`` with a code object of its own: the compiler's cache and its limit hang on the code object, so that
-    buckets and models that share one would evict each other and outlive their owners."""
-
-    def decode_step(inputs: StepBuffers) -> StepOutput:
-        return step(inputs)
-
-    code = decode_step.__code__.replace(co_name=f"decode_step_{next(_names)}")
-    return types.FunctionType(code, decode_step.__globals__, code.co_name, None, decode_step.__closure__)
+    def _check_addresses(self, bucket: _Bucket, entry: _Entry) -> None:
+        now = self._addresses(bucket)
+        moved = [name for name, address in entry.addresses.items() if now.get(name) != address]
+        if moved:
+            raise AssertionError(f"since bucket {bucket.key.bucket} was captured, these moved: {', '.join(moved)}")

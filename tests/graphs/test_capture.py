@@ -12,9 +12,11 @@ from torch._inductor.utils import run_and_get_code
 
 import fastdms
 from fastdms.cache import CompactCache
+from fastdms.graphs import GraphCache
+from fastdms.runner import ModelRunner, _state, inference
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
-from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.models import VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
 from tests.poison import poison
 from tests.running import check_idle, check_pool, compiled, engine_of, many, one, submit
 from tests.tolerance import assert_logits_close
@@ -163,3 +165,45 @@ def test_peak_memory_is_that_of_eager() -> None:
                 pool = engine_of(model).cache.k_pages.nbytes
             gc.collect()
     assert peaks["compile"] <= peaks["eager"] + pool // 4
+
+
+def test_graphs_that_come_and_go_change_no_token(alone: list[list[int]]) -> None:
+    """With room for one at a time; and no weight and no part of the cache lies elsewhere than at capture."""
+    with graphed(mode="eager", max_concurrency=4) as model:
+        runner = engine_of(model).runner
+        step = runner.graphs._step
+        assert step is not None
+        runner.graphs = GraphCache(
+            step, mode="graphs", buckets=(1, 2, 4), device=runner.device, memory_limit=0, debug=True,
+            state=lambda: _state(runner.decoder, runner.cache),
+        )  # fmt: skip
+        with inference(runner.device):
+            runner.graphs.warm_up()
+        requests = [
+            submit(model, PROMPTS[n], replace(SEEDED if n % 2 else GREEDY, max_tokens=10 + 9 * n)) for n in range(4)
+        ]
+        for _ in range(60):
+            engine_of(model).step()
+        stats = model.graphs.stats()
+        assert all(request.finished for request in requests)
+        assert len(stats["bytes"]) == 1
+        assert stats["evictions"] == stats["captures"] - 1 >= 4
+        assert stats["recompiles"] == 0
+    assert [request.output_ids for request in requests] == [ids[: 10 + 9 * n] for n, ids in enumerate(alone[:4])]
+
+
+def test_a_runner_that_is_debugged_notices_what_moved(alone: list[list[int]]) -> None:
+    with graphed(mode="eager", max_concurrency=2) as model:
+        engine = engine_of(model)
+        engine.runner = ModelRunner(engine.runner.decoder, engine.cache, mode="graphs", max_concurrency=2, debug=True)
+        assert one(model(PROMPTS[0], GREEDY)).token_ids == alone[0]
+        engine.cache.live_len = engine.cache.live_len.clone()
+        with pytest.raises(AssertionError, match=r"these moved: live_len$"):
+            model(PROMPTS[0], GREEDY)
+
+
+def test_a_graph_keeps_no_less_than_its_logits() -> None:
+    with graphed(max_concurrency=4) as model:
+        stats = model.graphs.stats()
+        assert all(stats["bytes"][bucket] >= bucket * VOCAB_SIZE * 4 for bucket in (1, 2, 4))
+        assert stats["pool_bytes"] >= sum(stats["bytes"].values())
