@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -17,23 +16,6 @@ from fastdms.tools import demo
 from tests.checkpoint.files import edit_json
 from tests.models import save_checkpoint, tiny_model
 from tests.tiny_tokenizers import byte_level, smollm2
-
-BENCH = ["bench", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--new-tokens", "4"]
-
-
-def test_bench_reports_what_it_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BENCH, "--context", "600", "--window", "32", "--concurrency", "1", "3"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["rows"] for line in lines] == [1, 3]
-    for line in lines:
-        assert 0.05 < line["live_share"] < 0.4
-        assert line["kv_bytes"] < line["kv_pool_bytes"]
-        assert line["prefill_tok_s"] > 0
-
-
-def test_bench_without_eviction_keeps_all(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*BENCH, "--context", "40", "--kept", "1", "--concurrency", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["live_share"] == 1.0
 
 
 def test_kv_error_compares_with_fp32_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +81,14 @@ def test_demo_with_a_prompt_and_a_path(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert out.startswith("> hello there\n")
     assert [path.name for path in Path().iterdir()] == ["map.png"]
-    assert main(["demo", "hello there", "--max-tokens", "3", "--heat-map", "no-such-folder/map.png"]) == 2
-    assert "no-such-folder/map.png" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("sparse_default")
+def test_demo_goes_on_where_the_picture_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "hello there", "--max-tokens", "3", "--heat-map", "no-such-folder/map.png"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^No heat map: .*no-such-folder/map\.png", out, re.MULTILINE)
+    assert out.splitlines()[-1].startswith("Compact cache: ")
 
 
 @pytest.mark.usefixtures("sparse_default")
@@ -121,7 +109,7 @@ def test_demo_without_matplotlib_says_how_to_get_the_picture(
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["demo", "--max-tokens", "3"]) == 0
     out = capsys.readouterr().out
-    assert "No heat map: the heat map needs matplotlib: pip install 'fastdms[plots]'" in out
+    assert "No heat map: a picture needs matplotlib: pip install 'fastdms[plots]'" in out
     assert out.splitlines()[-1].startswith("Compact cache: ")
 
 
@@ -133,11 +121,6 @@ def test_the_shipped_passage_is_long_enough_to_evict_from_and_fits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "--shape", "gpt-5"], "--shape must be one of llama-3.2-1b"),
-        ([*BENCH, "--kept", "0"], "--kept must be in (0, 1], got 0.0"),
-        ([*BENCH, "--repeats", "0"], "--repeats must be at least 1, got 0"),
-        ([*BENCH, "--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
-        (["bench", "--rows"], "unrecognized arguments: --rows"),
         (["kv-error"], "the following arguments are required: --text"),
         (["kv-error", "--text", "no-such-file"], "No such file"),
         (["demo", "--max-tokens", "0"], "max_tokens must be"),

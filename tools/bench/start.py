@@ -1,0 +1,89 @@
+"""Seconds to a ready model: in a fresh process with empty compiler caches, and in another one that finds them full."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fastdms.tools.bench.figures import spread
+from fastdms.tools.bench.settings import EngineSettings
+
+__all__ = ["child", "measure_starts"]
+
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # what torch and Triton read
+_CHILD = "from fastdms.tools.bench.start import child; child()"
+
+
+def measure_starts(settings: EngineSettings) -> Iterator[dict[str, Any]]:
+    """For each kept share one cold row and one warm row; ``repeats`` pairs of processes stand behind them."""
+    from fastdms.tools.bench.engine import kept_shares
+
+    for kept in kept_shares(settings):
+        asked = replace(settings, kept=None if settings.model is not None or settings.dms == "off" else (kept or 1.0,))
+        starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
+        for _ in range(settings.repeats):
+            with tempfile.TemporaryDirectory(prefix="fastdms-bench-") as caches:
+                for found in starts.values():
+                    found.append(_start(asked, Path(caches)))
+        for state, found in starts.items():
+            yield {
+                "state": state,
+                **found[-1],
+                "repeats": settings.repeats,
+                **{f"{name}_spread": spread([one[name] for one in found], 3) for name in ("ready_s", "process_s")},
+            }
+
+
+def child() -> None:
+    """In the new process: settings and the caches' folder as JSON from stdin; prints one JSON object as last line."""
+    given = json.load(sys.stdin)
+    caches = Path(given.pop("caches"))
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    settings = EngineSettings(**fields)
+    from fastdms import runner
+    from fastdms.tools.bench.engine import kept_shares, open_subject
+
+    vars(runner)["ARTIFACTS"] = caches / "artifacts"  # a cold start must not find those of the user's other models
+    subject = open_subject(settings, kept_shares(settings)[0])
+    with subject.model as model:
+        ready = time.perf_counter()
+        prompt = [1] * min(settings.contexts)
+        model(prompt, max_tokens=2, temperature=0.0, ignore_eos=True)
+        served = time.perf_counter()
+        stats = model.graphs.stats()
+        row = {
+            "model": subject.name,
+            "kept_asked": subject.kept,
+            "rows": max(settings.concurrency),
+            "mode": model.options.mode,
+            "weights": settings.weights,
+            "kv_dtype": str(model.options.kv_dtype).removeprefix("torch."),
+            "buckets": list(stats["buckets"]),
+            "compiles": stats["compiles"],
+            "captures": stats["captures"],
+            "artifacts": stats["artifacts"],
+            "ready_s": round(subject.start_s, 3),
+            "first_answer_s": round(served - ready, 3),
+        }
+    print(json.dumps(row), flush=True)
+
+
+def _start(settings: EngineSettings, caches: Path) -> dict[str, Any]:
+    environment = os.environ | {name: str(caches / name.lower()) for name in _CACHES}
+    asked = json.dumps(asdict(settings) | {"caches": str(caches)})
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _CHILD], input=asked, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ValueError(f"the process to be timed failed: {lines[-1]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**row, "process_s": round(seconds, 3)}

@@ -1,0 +1,190 @@
+"""Ops without a cache, one call at a time: dense_attention, sample and soft_attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdms.ops import soft_attention
+from fastdms.ops.sample.reference import LARGEST_UNIFORM, philox
+from fastdms.ops.soft_attention import reference as soft_reference
+from fastdms.tools.fuzz.budget import FP32_ROUNDING, Budget, WrongAnswer, in_precision
+from fastdms.tools.fuzz.calls import Call, Placed, evaluate, kernels, same_bytes
+from fastdms.tools.fuzz.draw import Setting, numbers, pick
+from fastdms.tools.fuzz.invalid import check_rejected
+from fastdms.tools.fuzz.tally import Tally
+
+__all__ = ["SINGLE_OPS", "run_single"]
+
+SINGLE_OPS = ("dense_attention", "sample", "soft_attention")
+_INVALID_CALLS = 0.15
+_SOFT_TOKENS = 250  # the reference holds a score for each pair of tokens
+# log(noise) with noise >= 2^-6 computed as -log(1 - u) to 2^-21: off by 2^-15 of itself, and no more beyond the series.
+_NOISE_ERROR = 2.0**-14
+
+
+def run_single(op: str, setting: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    """One call of ``op`` and perhaps an invalid one before it; WrongAnswer if it is wrong."""
+    {"dense_attention": _dense, "sample": _sample, "soft_attention": _soft}[op](setting, rng, device, tally)
+
+
+def _reject(call: Call, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    if rng.random() < _INVALID_CALLS:
+        check_rejected(call, rng, device, None, {})
+        tally.reject(call.op)
+
+
+def _dense(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    op, tokens = "dense_attention", pick(rng, 0, *s.chunk_tokens * 3)
+    start = pick(rng, 0, int(rng.integers(0, 2 * s.max_positions)))
+    spare = int(rng.integers(0, 5))
+    shape = (start + tokens + spare, s.num_kv_heads, s.head_dim)
+    history = {name: numbers(rng, shape, s.dtype) for name in ("k_history", "v_history")}
+    for x in history.values():
+        x[start:] = torch.nan
+    heads = {name: numbers(rng, (tokens, n, s.head_dim), s.dtype)
+             for name, n in (("q", s.num_heads), ("k", s.num_kv_heads), ("v", s.num_kv_heads))}  # fmt: skip
+    scale = s.head_dim**-0.5
+    gaps = dict.fromkeys(heads, (0, s.gap_heads, s.gap_channels))
+    positions = torch.arange(start, start + tokens, dtype=torch.int32)
+    call = Call(op=op, inputs={**heads, "positions": positions, **history}, options={"sm_scale": scale}, gaps=gaps,
+                mutated=tuple(history))  # fmt: skip
+    _reject(call, rng, device, tally)
+    (out,), written = call.run_kernel(device)
+    expected = evaluate(call, None, s.dtype)  # writes to the history, too
+    for name, x in history.items():
+        if not same_bytes(written[name], x):
+            raise WrongAnswer(op, f"{name} is not the old history with the chunk in its place")
+    real = torch.ones(tokens, s.num_kv_heads, dtype=torch.bool)
+    if tokens:
+        seen = {name: x[: start + tokens].float().norm(dim=-1).max() for name, x in history.items()}
+        score = scale * float(heads["q"].float().norm(dim=-1).max() * seen["k_history"])
+        terms = start + tokens + 2 * (s.head_dim + 4) * max(1.0, score)
+        budget = Budget(terms=terms, scale=float(seen["v_history"]))
+        budget.check(op, "output", out, expected.plain[0], expected.truth[0], real)
+    tally.count(op, s.num_kv_heads)
+
+
+def _soft(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    op, batch, tokens = "soft_attention", pick(rng, 1, 2), min(_SOFT_TOKENS, pick(rng, 1, *s.chunk_tokens))
+    dtype, window = s.dtype, pick(rng, s.window_tokens, tokens - 1, 2**40)
+    heads = {name: numbers(rng, (batch, n, tokens, s.head_dim), dtype)
+             for name, n in (("q", s.num_heads), ("k", s.num_kv_heads), ("v", s.num_kv_heads))}  # fmt: skip
+    log_keep = torch.nn.functional.logsigmoid(3 * numbers(rng, (batch, s.num_kv_heads, tokens), torch.float32))
+    log_keep[torch.from_numpy(rng.random(log_keep.shape) < rng.choice([0.0, 0.3, 1.0]))] = -torch.inf
+    grad_out = numbers(rng, heads["q"].shape, dtype)
+    options: dict[str, Any] = {"window_tokens": window, "sm_scale": s.head_dim**-0.5}
+    gaps = {name: (0, pick(rng, 0, 1), 0, s.gap_channels) for name in heads}
+    call = Call(op=op, inputs={**heads, "log_keep": log_keep}, options=options, gaps=gaps)
+    _reject(call, rng, device, tally)
+    placed = [x for x in (*call.place(device).values(), Placed(grad_out, device)) if x is not None]
+    with kernels(device, op):
+        leaves = [x.view.detach().requires_grad_() for x in placed[:4]]
+        out = soft_attention(*leaves, **options)
+        grads = torch.autograd.grad(out, leaves, placed[4].view)
+    if any(x.changed for x in placed):
+        raise WrongAnswer(op, "an input was written to")
+    given = [x.to(device) for x in (*heads.values(), log_keep, grad_out)]
+    truth, plain = (_soft_in(precision, given, options) for precision in (torch.float64, dtype))
+    real = torch.ones(batch, s.num_kv_heads, dtype=torch.bool)
+    long = {name: float(x.float().norm(dim=-1).max()) for name, x in (*heads.items(), ("grad", grad_out))}
+    score = options["sm_scale"] * long["q"] * long["k"]
+    terms = tokens * s.group + 2 * (s.head_dim + 4) * max(1.0, score)
+    change = long["grad"] * long["v"]
+    scales = (long["v"], options["sm_scale"] * change * long["k"], options["sm_scale"] * change * long["q"],
+              long["grad"], change)  # fmt: skip
+    for name, mine, rough, exact, scale in zip(
+        ("out", "grad q", "grad k", "grad v", "grad log_keep"), (out, *grads), plain, truth, scales, strict=True
+    ):
+        Budget(terms=terms, scale=scale).check(op, name, mine.detach().cpu(), rough, exact, real)
+    tally.count(op, 2 * real.numel())  # forward and backward
+
+
+def _soft_in(precision: torch.dtype, given: list[torch.Tensor], options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Output and gradients, on the CPU, by the reference in ``precision`` throughout; grad_out comes last in given."""
+    *given, grad_out = given
+    numeric = list(options.values())
+    names = ["q", "k", "v", "log_keep", *options]
+    out, lse = in_precision(soft_reference.soft_attention, names, [*given, *numeric], precision)
+    args = [grad_out, *given, out, lse, *numeric]
+    names = ["grad_out", *names[:4], "out", "lse", *options]
+    grads = in_precision(soft_reference.soft_attention_backward, names, args, precision)
+    return tuple(x.cpu() for x in (out, *grads))
+
+
+def _sample(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    op, batch, vocab = "sample", pick(rng, 0, *s.batch_sizes * 3), s.vocab
+    logits = numbers(rng, (batch, vocab), torch.float32) * float(rng.choice([0.1, 1.0, 8.0]))
+    if rng.random() < 0.5:
+        logits = logits.to(torch.float16).float()  # ties
+    logits[torch.from_numpy(rng.random(logits.shape) < rng.choice([0.0, 0.0, 0.4]))] = -torch.inf
+
+    def each(dtype: torch.dtype, *values: float) -> torch.Tensor:
+        return torch.from_numpy(rng.choice(values, batch)).to(dtype)
+
+    inputs: dict[str, torch.Tensor | None] = {
+        "logits": logits,
+        "temperature": each(torch.float32, 0.0, 0.0, 0.1, 0.7, 1.0, 2.0, 100.0),
+        "top_k": each(torch.int32, 0, 0, 1, 2, 5, vocab, vocab + 1),
+        "top_p": each(torch.float32, 1.0, 1.0, 0.95, 0.5, 0.1, 1e-6),
+        "min_p": each(torch.float32, 0.0, 0.0, 0.05, 0.5, 1.0),
+        "seeds": torch.from_numpy(rng.integers(0, 2 ** int(rng.integers(1, 64)), batch)),
+        "positions": torch.from_numpy(rng.integers(0, 100_000, batch)).int(),
+        "banned_ids": torch.from_numpy(rng.integers(-1, vocab, (batch, int(rng.integers(0, 4))))).int(),
+        "banned_until": each(torch.int32, 0, 50_000, 100_000),
+    }
+    call = Call(op=op, inputs=inputs, gaps={"logits": (0, s.gap_channels)})
+    _reject(call, rng, device, tally)
+    (tokens,), _ = call.run_kernel(device)
+    if tokens.dtype != torch.int64 or bool(((tokens < 0) | (tokens >= vocab)).any()):
+        raise WrongAnswer(op, f"tokens must be int64 below {vocab}, got {tokens.dtype} {tokens.tolist()}")
+    evaluated = evaluate(call, None).outputs[0].tolist()
+    for row, (token, expected) in enumerate(zip(tokens.tolist(), evaluated, strict=True)):
+        if token != expected:
+            _check_tie(row, token, expected, {name: x[row] for name, x in inputs.items() if x is not None})
+    tally.count(op, batch)
+
+
+def _check_tie(row: int, token: int, expected: int, given: dict[str, torch.Tensor]) -> None:
+    """Kernel and reference may differ only where fp64 can't tell their tokens apart by more than fp32 errs."""
+    x = given["logits"].clone()
+    if bool(given["positions"] < given["banned_until"]):
+        x[given["banned_ids"][given["banned_ids"] >= 0].long()] = -torch.inf
+    largest, temperature = x.max(), given["temperature"]
+    if not bool(largest.isfinite()):
+        return  # any token will do
+    if float(temperature) == 0.0:
+        raise WrongAnswer("sample", f"row {row}: token {token} is not the likeliest, which is {expected}")
+    scaled = (x - largest) / temperature  # as both compute it
+    surely, maybe = _kept(scaled, int(given["top_k"]), float(given["top_p"]), float(given["min_p"]))
+    bits = philox(given["seeds"], torch.arange(x.numel()), given["positions"].long())
+    uniform = ((bits.double() * 2.0**-32).float() + 2.0**-33).clamp_max(LARGEST_UNIFORM).double()
+    score = scaled.double() - torch.log(-torch.log1p(-uniform))
+    slack = _NOISE_ERROR + 8 * FP32_ROUNDING * (float(score[token].abs()) + float(scaled[token].abs()))
+    behind = float(score[surely].max() - score[token])
+    if not bool(maybe[token]) or not behind <= slack:
+        message = f"row {row}: token {token} in place of {expected}; it is {'' if maybe[token] else 'not '}a candidate"
+        raise WrongAnswer("sample", f"{message}, {behind:.4g} behind the best", max(behind, 0.0))
+
+
+def _kept(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are surely and which perhaps among the candidates; ``scaled [V]`` fp32 with its maximum at 0."""
+    vocab = scaled.numel()
+    inside = torch.ones(vocab, dtype=torch.bool)
+    if 0 < top_k < vocab:
+        inside = scaled >= scaled.sort(descending=True).values[top_k - 1]
+    surely, maybe = inside.clone(), inside.clone()
+    if top_p < 1.0:
+        p = torch.where(inside, scaled.double().exp(), 0.0)
+        above = (p * (scaled > scaled[:, None])).sum(1) / p.sum()  # [V], what is likelier
+        slack = 4 * (vocab + 16) * FP32_ROUNDING
+        surely &= above < top_p - slack
+        maybe &= above < top_p + slack
+    if min_p > 0.0:
+        lowest = float(np.log(np.float64(np.float32(min_p))))
+        slack = 8 * FP32_ROUNDING * (1.0 + abs(lowest))
+        surely &= scaled >= lowest + slack
+        maybe &= scaled >= lowest - slack
+    return surely | (scaled == 0), maybe | (scaled == 0)
