@@ -133,14 +133,6 @@ def test_a_wrong_adapter_is_named_and_leaves_nothing(tmp_path, asset):
     assert default_model(tmp_path, adapter=False).is_dir()
 
 
-def test_what_is_shipped_fits():
-    """The adapter that lies in the package, if there is one yet, is whole and belongs to the packaged model."""
-    shipped = Path(module.__file__).parent / "assets" / "smollm2-135m-dms" / "adapter.safetensors"
-    if shipped.exists():
-        adapter = module._adapter(shipped)
-        assert (adapter.num_layers, adapter.num_kv_heads) == (30, 3)
-
-
 def test_it_is_converted_once(tmp_path, conversions, capfd, monkeypatch):
     folder = default_model(tmp_path)
     assert len(capfd.readouterr().err.splitlines()) == 1

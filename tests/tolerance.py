@@ -7,6 +7,10 @@ import torch
 # fp32 runtime against the fp32 transformers oracle: the runtime's sums run in another order, nothing else differs.
 LOGITS_RELATIVE = 1e-4
 
+# What eviction costs by the runtime against the written-out evaluation in transformers, as a share of it; for a trained
+# checkpoint or on a GPU, where a decision near its threshold may fall either way.
+QUALITY_RELATIVE = 0.01
+
 # A kernel may be this many times as far from fp64 as the plain low-precision reference plus one rounding of its result.
 ERROR_BUDGET_FACTOR = 2.0
 

@@ -78,7 +78,7 @@ def _show_eviction(report: KVReport, rule: DMSConfig, heat_map: str) -> None:
     try:
         save_heatmap(heat_map, report.live_tokens / report.tokens, title)
         print(f"Heat map, layers x KV heads: {heat_map}\n")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         print(f"No heat map: {error}\n")
 
 

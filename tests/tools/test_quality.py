@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import fastdms
 from fastdms.cli import main
-from fastdms.runtime import CompiledModel
-from fastdms.tools.quality import _parser, _settings, needle
+from fastdms.tools.quality import _parser, _settings, masked, needle
+from fastdms.tools.quality import measure as measure_module
 from fastdms.tools.quality.heatmap import save_heatmap
-from fastdms.tools.quality.measure import batches, measure
+from fastdms.tools.quality.measure import batches, measure, open_subject
 from fastdms.tools.quality.settings import PRESETS, Settings
 from fastdms.tools.quality.texts import Text, token_windows
 from tests import oracle
@@ -41,6 +42,10 @@ def sparse_checkpoint(folder: Path, layout: Layout, family: str = "llama", **con
     return folder
 
 
+def measured(folder: Path, settings: Settings) -> list[dict[str, Any]]:
+    return measure(open_subject(folder, [wikitext()], settings))
+
+
 def wikitext() -> Text:
     return Text(name="wikitext", content=WIKITEXT.read_text(encoding="utf-8"))
 
@@ -48,7 +53,7 @@ def wikitext() -> Text:
 @pytest.mark.parametrize("layout", DMS_LAYOUTS)
 def test_the_figures_are_those_of_the_definition(layout: Layout, tmp_path: Path) -> None:
     folder = sparse_checkpoint(tmp_path / "model", layout)
-    (result,) = measure(folder, [wikitext()], SETTINGS)
+    (result,) = measured(folder, SETTINGS)
     model, rule = tiny_model("llama"), dms_config(layout)
     assert rule is not None
     adapter = adapter_weights(model) if layout == "adapter" else None
@@ -90,7 +95,7 @@ def test_the_figures_are_those_of_the_definition(layout: Layout, tmp_path: Path)
 def test_without_eviction_nothing_differs(layout: Layout, tmp_path: Path) -> None:
     folder = sparse_checkpoint(tmp_path / "model", layout)
     _set_offset(folder, 1e6)
-    (result,) = measure(folder, [wikitext()], SETTINGS)
+    (result,) = measured(folder, SETTINGS)
     for path in ("decode", "prefill"):
         assert result[path]["kld_max"] <= LOGITS_RELATIVE**2  # of second order in the logits
         assert result[path]["greedy_match"] == 1.0
@@ -101,7 +106,7 @@ def test_without_eviction_nothing_differs(layout: Layout, tmp_path: Path) -> Non
 def test_everything_evicted_has_no_compression(tmp_path: Path) -> None:
     folder = sparse_checkpoint(tmp_path / "model", "shisa")
     _set_offset(folder, -1e6)
-    (result,) = measure(folder, [wikitext()], SETTINGS)
+    (result,) = measured(folder, SETTINGS)
     assert result["live_share_outside_window"] == 0.0
     assert result["compression_outside_window"] is None
     assert result["live_share"] == pytest.approx(8 / 60)
@@ -121,7 +126,7 @@ def test_texts_and_kv_dtypes_are_measured_each(tmp_path: Path) -> None:
     settings = Settings(
         context=60, prompt_tokens=40, sequences=1, prefill_points=0, kv_dtypes=("auto", "fp32", "fp8"), device="cpu"
     )
-    results = measure(folder, texts, settings)
+    results = measure(open_subject(folder, texts, settings))
     described = [(result["text"], result["kv_dtype"]) for result in results]
     assert described == [("wikitext", "fp32"), ("wikitext", "fp8"), ("other", "fp32"), ("other", "fp8")]
     assert len({result["decode"]["kld"] for result in results}) == 4
@@ -135,8 +140,8 @@ def test_more_sequences_than_rows_run_in_turn(tmp_path: Path) -> None:
     """What is measured doesn't hang on how many sequences run at once."""
     folder = sparse_checkpoint(tmp_path / "model", "shisa")
     settings = Settings(context=30, prompt_tokens=20, sequences=3, prefill_points=3, device="cpu")
-    (together,) = measure(folder, [wikitext()], settings)
-    (in_turn,) = measure(folder, [wikitext()], replace(settings, rows=2))
+    (together,) = measured(folder, settings)
+    (in_turn,) = measured(folder, replace(settings, rows=2))
     for path in ("decode", "prefill"):
         assert in_turn[path] == pytest.approx(together[path], rel=LOGITS_RELATIVE)
     for name in ("live_share_outside_window_spans", "kv_bytes", "dense_bf16_bytes", "sequences"):
@@ -177,8 +182,8 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert report["dms"]["zero_borrowed"] == "pre_and_post_rope"
     assert len(report["results"]) == 2
     assert len(report["needles"]) == 2 * 5
-    (masked,) = report["transformers"]
-    assert max(map(abs, masked["relative_differences"].values())) <= LOGITS_RELATIVE
+    (in_transformers,) = report["transformers"]
+    assert max(map(abs, in_transformers["relative_differences"].values())) <= LOGITS_RELATIVE
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| wikitext | fp")]
     assert [row[2] for row in rows[:2]] == ["40", "40"]
     assert rows[0][3] == f"{report['results'][0]['live_share_outside_window']:.1%}"
@@ -190,6 +195,12 @@ def test_the_command_prints_and_writes_what_it_measured(
 def test_help_does_not_load_torch() -> None:
     code = "import sys, fastdms.tools.quality as q; q._parser().format_help(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def forbid_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, weights must not be read."""
+    for module, name in ((fastdms, "compile"), (masked, "MaskedModel")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("read weights before it looked"))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +217,7 @@ def test_help_does_not_load_torch() -> None:
         (["--device", "tpu"], "device must be"),
         (["--text", "missing.txt"], "missing.txt can't be read"),
         (["--text", str(WIKITEXT)], "two texts are named wikitext"),
-        (["--needle"], "a context of 60 tokens is too short for a needle"),
+        (["--needle", "--transformers"], "a context of 60 tokens is too short for a needle"),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -216,7 +227,7 @@ def test_bad_arguments_are_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(CompiledModel, "score_batch", lambda *args: pytest.fail("ran before it looked"))
+    forbid_running(monkeypatch)
     command = ["quality", str(checkpoint), "--text", str(WIKITEXT), "--device", "cpu", *SMALL]
     assert main([*command, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -242,10 +253,34 @@ def test_a_checkpoint_must_have_eviction_and_a_tokenizer(tmp_path: Path, capsys:
 def test_a_place_that_cannot_be_written_is_refused_first(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CompiledModel, "score_batch", lambda *args: pytest.fail("ran before it looked"))
+    forbid_running(monkeypatch)
     (tmp_path / "taken").write_text("")
     assert main(["quality", str(checkpoint), "--text", str(WIKITEXT), *SMALL, "--out", str(tmp_path / "taken")]) == 2
     assert "taken" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_drawn_are_refused_first(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_running(monkeypatch)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["quality", str(checkpoint), "--text", str(WIKITEXT), *SMALL, "--out", str(tmp_path / "out")]) == 2
+    assert "a picture needs matplotlib: pip install 'fastdms[plots]'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_opened_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needle, "_NEEDLES_PER_DEPTH", 1)
+    opened = []
+
+    def tokenizer_of(folder: Path) -> Any:
+        opened.append(folder)
+        return byte_level()
+
+    monkeypatch.setattr(measure_module, "load_tokenizer", tokenizer_of)
+    command = ["quality", str(checkpoint), "--text", str(WIKITEXT), "--context", "120", "--prompt-tokens", "118"]
+    command += ["--sequences", "1", "--prefill-points", "0", "--device", "cpu", "--transformers", "--needle"]
+    assert main(command) == 0
+    assert opened == [checkpoint]
 
 
 @pytest.mark.parametrize("share", [[0.5], [[]], [[0.5, 1.5]], [[0.5, -0.1]], [[0.5, float("nan")]]])

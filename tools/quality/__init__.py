@@ -62,36 +62,34 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _report(args: argparse.Namespace, settings: Settings) -> None:
     import fastdms
+    from fastdms.tools.quality.heatmap import new_figure
+    from fastdms.tools.quality.masked import measure_masked, relative_differences
     from fastdms.tools.quality.measure import measure, open_subject
+    from fastdms.tools.quality.needle import hide_needles, measure_needles
     from fastdms.tools.quality.report import document, markdown, write_report
     from fastdms.tools.quality.texts import read_texts
 
+    # Whatever may be refused comes first, not after an hour.
     texts = read_texts(args.text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
+        new_figure((1, 1))
     source = fastdms.default_model() if args.model is None else args.model
-    subject = open_subject(source, settings)
-    masked: list[dict[str, Any]] = []
-    needles: list[dict[str, Any]] = []
-    # What may still be refused comes first, not after an hour.
-    if args.transformers:
-        from fastdms.tools.quality.masked import measure_masked, relative_differences
-
-        masked = measure_masked(source, texts, settings)
-    if args.needle:
-        from fastdms.tools.quality.needle import measure_needles
-
-        needles = measure_needles(source, texts, settings)
-    results = measure(source, texts, settings)
+    subject = open_subject(source, texts, settings)
+    hidden = hide_needles(subject, texts) if args.needle else {}
+    masked = measure_masked(subject) if args.transformers else []
+    needles = measure_needles(subject, hidden) if args.needle else []
+    results = measure(subject)
     if masked:
         exact = [result for result in results if (result["kv_dtype"], result["dtype"]) == ("fp32", "float32")]
         if not exact:
-            exact = measure(source, texts, replace(settings, kv_dtypes=("fp32",), dtype="fp32", prefill_points=0))
+            in_fp32 = replace(settings, kv_dtypes=("fp32",), dtype="fp32", prefill_points=0)
+            exact = measure(open_subject(source, texts, in_fp32))
         masked = [
             without | {"relative_differences": relative_differences(runtime, without)}
             for runtime, without in zip(exact, masked, strict=True)
         ]
-    report = document(subject, settings, results, masked, needles)
+    report = document(subject, results, masked, needles)
     print(markdown(report), end="")
     if args.out is not None:
         write_report(args.out, report)

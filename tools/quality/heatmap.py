@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["save_heatmap"]
+__all__ = ["new_figure", "save_heatmap"]
 
 _MOST_LABELLED_CELLS = 400
 
@@ -25,13 +25,9 @@ def save_heatmap(path: str | os.PathLike[str], share: npt.ArrayLike, title: str)
         raise ValueError(f"a heat map needs a share for each layer and KV head, got shape {values.shape}")
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"a heat map's shares must lie in 0..1, got {values.min()} to {values.max()}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the heat map needs matplotlib: pip install 'fastdms[plots]'") from error
     layers, heads = values.shape
     width = max(5.0, 1.8 + 0.36 * layers)
-    figure = Figure(figsize=(width, 1.7 + 0.36 * heads), dpi=150, layout="constrained")
+    figure = new_figure((width, 1.7 + 0.36 * heads))
     axes = figure.add_subplot()
     image = axes.imshow(values.T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest")
     axes.set(xlabel="layer", ylabel="KV head", yticks=range(heads), xticks=range(0, layers, 1 + layers // 40))
@@ -40,6 +36,15 @@ def save_heatmap(path: str | os.PathLike[str], share: npt.ArrayLike, title: str)
     if values.size <= _MOST_LABELLED_CELLS:
         _label(axes, values)
     figure.savefig(path, format="png")
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of that width and height; ImportError that says how to get matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: pip install 'fastdms[plots]'") from error
+    return Figure(figsize=inches, dpi=150, layout="constrained")
 
 
 def _label(axes: Any, values: npt.NDArray[np.float64]) -> None:

@@ -6,7 +6,7 @@ mask is applied to all queries at once, whichever path they would take in the ru
 
 from __future__ import annotations
 
-import os
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -18,34 +18,39 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from fastdms.config import DMSConfig
 from fastdms.progress import progress
-from fastdms.tools.quality.measure import open_subject
+from fastdms.tools.quality.measure import Subject
 from fastdms.tools.quality.metrics import Steps, compare, summarise
-from fastdms.tools.quality.settings import Settings
-from fastdms.tools.quality.texts import Text, token_windows
 
 __all__ = ["MaskedModel", "measure_masked", "relative_differences"]
 
 _ATTENTION = "fastdms_written_out_mask"
 
 
-def measure_masked(source: str | os.PathLike[str], texts: Sequence[Text], settings: Settings) -> list[dict[str, Any]]:
+def measure_masked(subject: Subject) -> list[dict[str, Any]]:
     """One dict for each text: ``decode`` and the live shares outside the window, as ``measure.measure`` gives them.
 
-    Over the same tokens as there. The KV dtypes of ``settings`` don't matter: there is no cache. fp32 throughout.
+    Over the same tokens as there. The KV dtypes don't matter: there is no cache. fp32 throughout. Nothing of the model
+    is left on the device. Raises ValueError where transformers can't load it.
     """
-    subject = open_subject(source, settings)
     device = next(iter(subject.options.values())).device
-    windows = [token_windows(subject.tokenizer, text, settings.context + 1, settings.sequences) for text in texts]
-    model = MaskedModel(subject.folder, subject.dms, device)
+    try:
+        return _measure(MaskedModel(subject.folder, subject.dms, device), subject)
+    finally:
+        gc.collect()
+        if device.type == "cuda":  # what engines may take is sized by what the device reports as free
+            torch.cuda.empty_cache()
+
+
+def _measure(model: MaskedModel, subject: Subject) -> list[dict[str, Any]]:
+    settings, windows = subject.settings, subject.windows
     results = []
-    with progress(total=sum(map(len, windows)), desc="measuring with transformers", unit=" sequences") as bar:
-        for text, sequences in zip(texts, windows, strict=True):
+    with progress(total=sum(map(len, windows.values())), desc="measuring with transformers", unit=" sequences") as bar:
+        for name, sequences in windows.items():
             steps: list[Steps] = []
             kept = []
             for sequence in sequences:
@@ -58,7 +63,7 @@ def measure_masked(source: str | os.PathLike[str], texts: Sequence[Text], settin
                 bar.update()
             share = torch.stack(kept).mean(0)
             results.append({
-                "text": text.name,
+                "text": name,
                 "sequences": len(sequences),
                 "decode": asdict(summarise(steps)),
                 "live_share_outside_window": float(share.mean()),
@@ -127,9 +132,10 @@ class MaskedModel:
             visible = self._visible(flagged[module.layer_idx]) if evict else None
             return sdpa_attention_forward(module, query, key, value, visible, scaling=kwargs["scaling"])
 
-        ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, lambda *args, **kwargs: None)
         with ExitStack() as stack:
+            # Left there, it would keep this model alive.
+            stack.callback(ALL_ATTENTION_FUNCTIONS.pop, _ATTENTION)
+            ALL_ATTENTION_FUNCTIONS[_ATTENTION] = attend
             stack.callback(self._model.set_attn_implementation, self._model.config._attn_implementation)
             self._model.set_attn_implementation(_ATTENTION)
             for index, layer in enumerate(self._layers):

@@ -34,9 +34,10 @@ _LOGITS_BYTES = 2**31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A checkpoint with trained eviction. ``options``: by KV dtype, each once, what ``fastdms.compile`` will resolve.
+    """A checkpoint with trained eviction, and what it is to be measured on.
 
-    folder: where its files lie.
+    folder: where its files lie. options: by KV dtype, each once, what ``fastdms.compile`` will resolve. windows: by
+    text, the sequences of ``settings.context`` ids and one more that is only predicted.
     """
 
     source: str | os.PathLike[str]
@@ -44,13 +45,16 @@ class Subject:
     folder: Path
     dms: DMSConfig
     tokenizer: PreTrainedTokenizerBase
+    settings: Settings
     options: dict[str, Options]
+    windows: dict[str, list[list[int]]]
 
 
-def open_subject(source: str | os.PathLike[str], settings: Settings) -> Subject:
+def open_subject(source: str | os.PathLike[str], texts: Sequence[Text], settings: Settings) -> Subject:
     """Look at a checkpoint before its weights are read: a folder or a hub id.
 
-    Raises ValueError where it has no trained eviction, no tokenizer, or can't be run as ``settings`` ask.
+    Raises ValueError where it has no trained eviction, no tokenizer, or can't be run as ``settings`` ask, and where a
+    text is too short.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.dms is None:
@@ -70,17 +74,20 @@ def open_subject(source: str | os.PathLike[str], settings: Settings) -> Subject:
             max_concurrency=settings.rows, max_context=settings.context, kv_memory=None, prefill_chunk=1, mode=None,
         )  # fmt: skip
         options[next(name for name, dtype in KV_DTYPES.items() if dtype == resolved.kv_dtype)] = resolved
+    tokenizer = load_tokenizer(folder)
     return Subject(
         source=source,
         name=folder.resolve().name if Path(source).is_dir() else checkpoint.name,
         folder=folder,
         dms=checkpoint.dms,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
+        settings=settings,
         options=options,
+        windows={text.name: token_windows(tokenizer, text, settings.context + 1, settings.sequences) for text in texts},
     )
 
 
-def measure(source: str | os.PathLike[str], texts: Sequence[Text], settings: Settings) -> list[dict[str, Any]]:
+def measure(subject: Subject) -> list[dict[str, Any]]:
     """One dict for each text and KV dtype, texts in their order, ready for JSON.
 
     ``decode``: a ``Summary`` of the tokens that went through the decode path. ``prefill``: of single prefills of
@@ -89,28 +96,21 @@ def measure(source: str | os.PathLike[str], texts: Sequence[Text], settings: Set
     means over sequences, layers and KV heads. ``live_share_outside_window_spans``: by layer and KV head, ``[L][Hkv]``.
     ``compression_outside_window``: the inverse of the mean, None where nothing is kept. ``kv_bytes``: of one sequence
     with eviction, whole pages; ``dense_bf16_bytes``: in a dense bf16 cache.
-
-    Raises ValueError for a checkpoint or a text that can't be measured, before any weights are read.
     """
-    subject = open_subject(source, settings)
-    windows = {
-        text.name: token_windows(subject.tokenizer, text, settings.context + 1, settings.sequences) for text in texts
-    }
     results = []
     for kv_dtype in subject.options:
-        with engines(subject, settings, kv_dtype) as (off, on):
-            for name, sequences in windows.items():
-                figures = _measure_text(off, on, sequences, settings, f"{name}, {kv_dtype} pages")
-                results.append(_described(subject, settings, kv_dtype, name, len(sequences)) | figures)
-    names = list(windows)
+        with engines(subject, kv_dtype) as (off, on):
+            for name, sequences in subject.windows.items():
+                figures = _measure_text(off, on, sequences, subject.settings, f"{name}, {kv_dtype} pages")
+                results.append(_described(subject, kv_dtype, name) | figures)
+    names = list(subject.windows)
     return sorted(results, key=lambda result: names.index(result["text"]))
 
 
 @contextmanager
-def engines(
-    subject: Subject, settings: Settings, kv_dtype: str
-) -> Iterator[tuple[fastdms.CompiledModel, fastdms.CompiledModel]]:
+def engines(subject: Subject, kv_dtype: str) -> Iterator[tuple[fastdms.CompiledModel, fastdms.CompiledModel]]:
     """The checkpoint twice, with eviction off and as it was trained."""
+    settings = subject.settings
 
     def compiled(dms: str) -> fastdms.CompiledModel:
         return fastdms.compile(
@@ -191,13 +191,13 @@ def _through_prefill(off: Any, on: Any, sequence: list[int], settings: Settings,
     return compare(last_logits(off), last_logits(on), [sequence[length] for length in lengths], on.options.device)
 
 
-def _described(subject: Subject, settings: Settings, kv_dtype: str, text: str, sequences: int) -> dict[str, Any]:
-    options = subject.options[kv_dtype]
+def _described(subject: Subject, kv_dtype: str, text: str) -> dict[str, Any]:
+    settings, options = subject.settings, subject.options[kv_dtype]
     return {
         "text": text,
         "kv_dtype": kv_dtype,
         "dtype": str(options.dtype).removeprefix("torch."),
-        "sequences": sequences,
+        "sequences": len(subject.windows[text]),
         "context": settings.context,
         "prompt_tokens": settings.prompt_tokens,
         "window_tokens": subject.dms.window_tokens,

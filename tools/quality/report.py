@@ -16,14 +16,12 @@ import transformers
 import fastdms
 from fastdms.tools.quality.heatmap import save_heatmap
 from fastdms.tools.quality.measure import Subject
-from fastdms.tools.quality.settings import Settings
 
-__all__ = ["document", "markdown", "provenance", "write_report"]
+__all__ = ["document", "markdown", "provenance", "table", "write_report"]
 
 
 def document(
     subject: Subject,
-    settings: Settings,
     results: Sequence[dict[str, Any]],
     transformers_results: Sequence[dict[str, Any]] = (),
     needles: Sequence[dict[str, Any]] = (),
@@ -33,7 +31,7 @@ def document(
     return {
         "model": subject.name,
         "dms": asdict(subject.dms),
-        "settings": asdict(settings),
+        "settings": asdict(subject.settings),
         **provenance(device),
         "results": list(results),
         "transformers": list(transformers_results),
@@ -83,7 +81,8 @@ def markdown(report: dict[str, Any]) -> str:
     if report["needles"]:
         parts += [
             "## Needles",
-            "Answers that rank first among eight, and their mean lead in nats over the likeliest of the other seven.",
+            "Answers that rank first among eight, and their mean lead in nats over the likeliest of the other seven. "
+            "A needle inside the window can't be evicted.",
             _needle_table(report["needles"]),
         ]
     return "\n\n".join(parts) + "\n"
@@ -128,12 +127,12 @@ def _main_table(results: Iterable[dict[str, Any]]) -> str:
             f"{decode['perplexity_change']:+.2%}",
             f"{result['kv_bytes'] / 2**20:.2f} MiB, {result['kv_bytes'] / result['dense_bf16_bytes']:.0%}",
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _prefill_table(results: Iterable[dict[str, Any]]) -> str:
     head = ("text", "KV dtype", "steps", "KLD", "KLD max", "match")
-    return _table(head, [
+    return table(head, [
         (
             result["text"], result["kv_dtype"], f"{prefill['steps']:,}", _kld(prefill), f"{prefill['kld_max']:.3f}",
             f"{prefill['greedy_match']:.2%}",
@@ -167,15 +166,16 @@ def _transformers_table(results: Iterable[dict[str, Any]]) -> str:
             f"{decode['perplexity_on']:.3f}",
             *("by zero" if differences[name] is None else f"{differences[name]:+.4%}" for name in names),
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _needle_table(needles: Iterable[dict[str, Any]]) -> str:
     head = ("text", "KV dtype", "depth", "needles", "first, off", "first, on", "lead, off", "lead, on")
-    return _table(head, [
+    return table(head, [
         (
-            row["text"], row["kv_dtype"], f"{row['depth']:.0%}", f"{row['needles']}", f"{row['accuracy_off']:.1%}",
-            f"{row['accuracy_on']:.1%}", f"{row['margin_off']:.2f}", f"{row['margin_on']:.2f}",
+            row["text"], row["kv_dtype"], f"{row['depth']:.0%}{', inside the window' * row['inside_window']}",
+            f"{row['needles']}", f"{row['accuracy_off']:.1%}", f"{row['accuracy_on']:.1%}",
+            f"{row['margin_off']:.2f}", f"{row['margin_on']:.2f}",
         )
         for row in needles
     ])  # fmt: skip
@@ -186,7 +186,8 @@ def _kld(summary: dict[str, Any]) -> str:
     return f"{summary['kld']:.4f}{interval}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; ``|`` in a cell is escaped."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
