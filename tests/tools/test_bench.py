@@ -21,8 +21,8 @@ from fastdms.tools.bench import settings as bench_settings
 from fastdms.tools.bench import start
 from fastdms.tools.bench.engine import Subject, measure_subject, weight_bytes
 from fastdms.tools.bench.figures import decode_figures, floor_ms, spread
-from fastdms.tools.bench.provenance import commit
 from fastdms.tools.bench.settings import EngineSettings
+from fastdms.tools.provenance import commit
 from fastdms.tools.shapes import SHAPES
 from tests.models import save_checkpoint, tiny_model
 

@@ -128,7 +128,7 @@ def _given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
 
 
 def _report(what: str, settings: Any, command: str, file: IO[str] | None) -> None:
-    from fastdms.tools.bench.provenance import provenance
+    from fastdms.tools.provenance import provenance
 
     known: dict[str, Any] = {}
     measured: list[dict[str, Any]] = []

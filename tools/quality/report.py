@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 import fastdms
+from fastdms.tools.provenance import commit
 from fastdms.tools.quality.heatmap import save_heatmap
 from fastdms.tools.quality.measure import Subject
 
@@ -49,21 +49,21 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "commit": _commit(),
+        "commit": commit(Path(fastdms.__file__).resolve().parents[1]),
     }
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables of a ``document``."""
     dms, settings = report["dms"], report["settings"]
-    commit = f", commit {report['commit']}" if report["commit"] else ""
+    made_at = f", commit {report['commit']}" if report["commit"] else ""
     target = f", trained for {dms['target_compression']:g}x" if dms["target_compression"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     parts = [
         f"# What eviction costs: {report['model']}",
         "Eviction on against eviction off in the same engine, over the same tokens. "
         f"Window {dms['window_tokens']} tokens{target}; context {settings['context']} tokens, of which "
-        f"{settings['prompt_tokens']} prefilled. {report['card']}, {versions}{commit}.",
+        f"{settings['prompt_tokens']} prefilled. {report['card']}, {versions}{made_at}.",
         _main_table(report["results"]),
         "KLD: KL(off || on) in nats per token, mean with its 95 % interval between sequences, and largest. "
         "Match: steps with the same most likely token. Kept: share of the tokens outside the window. "
@@ -190,15 +190,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; ``|`` in a cell is escaped."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _commit() -> str | None:
-    """Only of a checkout: an installed package may lie in some other project's repository."""
-    root = Path(fastdms.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
