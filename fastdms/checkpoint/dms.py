@@ -31,7 +31,7 @@ from typing import Any, Literal
 from fastdms.checkpoint.json_file import read_json_object
 from fastdms.config import DMSConfig, ModelConfig
 
-__all__ = ["read_dms"]
+__all__ = ["LAYOUTS", "Layout", "read_dms"]
 
 _WINDOW = ("window_size", "dms_window_size")
 _SCALE = ("alpha_scale", "dms_alpha_scale")
@@ -43,7 +43,7 @@ _ADAPTER_TENSOR = re.compile(r"model\.layers\.(\d+)\.self_attn\.dms_proj_alpha(_
 _HUGE = 1e300
 
 Layout = Literal["adapter", "nvidia", "shisa"]
-_LAYOUTS: dict[Layout, DMSConfig] = {
+LAYOUTS: dict[Layout, DMSConfig] = {
     "adapter": DMSConfig(window_tokens=512, shift=1, zero_borrowed="none", source="adapter"),
     "nvidia": DMSConfig(window_tokens=512, shift=1, zero_borrowed="pre_and_post_rope"),
     "shisa": DMSConfig(window_tokens=256, shift=0, zero_borrowed="pre_rope"),
@@ -122,7 +122,7 @@ def read_dms(
         _check_adapter(where, adapter_layers, config.num_layers)
     found = metadata or own
     _check_model(found, config)
-    return _config(found, _LAYOUTS["adapter" if is_adapter else _borrowed_layout(metadata, own)])
+    return _config(found, LAYOUTS["adapter" if is_adapter else _borrowed_layout(metadata, own)])
 
 
 def _metadata_file(folder: Path) -> _Place | None:

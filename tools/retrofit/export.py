@@ -24,19 +24,19 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastdms.checkpoint import open_checkpoint
+from fastdms.checkpoint.dms import LAYOUTS, Layout
 from fastdms.checkpoint.dms_keys import config_keys, whole_if_integral
 from fastdms.config import DMSConfig
 
 __all__ = ["write_checkpoint"]
 
-Layout = Literal["adapter", "nvidia", "shisa"]
 SHARD_BYTES = 5 * 10**9
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -64,7 +64,7 @@ def write_checkpoint(
     Returns ``folder``. Raises ValueError for a folder that isn't empty, for a rule that the layout can't declare, for
     tensors that make no checkpoint, and, with nothing left behind, when the disk is full or can't be written.
     """
-    if layout not in ("adapter", "nvidia", "shisa"):
+    if layout not in LAYOUTS:
         raise ValueError(f"layout must be adapter, nvidia or shisa, got {layout!r}")
     if (layout == "adapter") != (dms.source == "adapter"):
         raise ValueError(f"the layout {layout} can't declare a rule with source {dms.source!r}")
@@ -105,10 +105,7 @@ def _config(base: Mapping[str, Any], dms: DMSConfig) -> dict[str, Any]:
 
 def _metadata(base: Mapping[str, Any], dms: DMSConfig, layout: Layout) -> dict[str, Any] | None:
     """What dms_metadata.json has to say; None where config.json and tensors say it all."""
-    public: dict[Layout, tuple[int, str]] = {
-        "adapter": (1, "none"), "nvidia": (1, "pre_and_post_rope"), "shisa": (0, "pre_rope")
-    }  # fmt: skip
-    plain = (dms.shift, dms.zero_borrowed) == public[layout]
+    plain = (dms.shift, dms.zero_borrowed) == (LAYOUTS[layout].shift, LAYOUTS[layout].zero_borrowed)
     if plain and (layout == "adapter" or (layout == "nvidia" and base.get("model_type") == "qwen3")):
         return None
     values: dict[str, Any] = {

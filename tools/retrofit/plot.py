@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdms.tools.quality.heatmap import new_figure
+
 __all__ = ["plot_log"]
 
 
@@ -14,12 +16,8 @@ def plot_log(path: Path, log: Sequence[dict[str, Any]], title: str) -> None:
 
     Raises ImportError if matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'fastdms[plots]'") from error
     steps = [line["step"] for line in log]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = new_figure((8, 6))
     above, below = figure.subplots(2, 1, sharex=True)
     above.semilogy(steps, [max(line["kl"], 1e-6) for line in log], linewidth=1, color="tab:blue")
     above.set_ylabel("KL from the teacher, nats/token")

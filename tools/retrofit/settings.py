@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
+from fastdms.checkpoint.dms import LAYOUTS, Layout
 from fastdms.config import DMSConfig
 
 __all__ = ["RetrofitSettings"]
 
-Layout = Literal["adapter", "nvidia", "shisa"]
 _WARM_UP_STEPS = 10
 _LAST_LEARNING_RATE = 0.05
 _MOST_COMPRESSION = 1000
@@ -59,7 +58,7 @@ class RetrofitSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.layout not in ("adapter", "nvidia", "shisa"):
+        if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be adapter, nvidia or shisa, got {self.layout!r}")
         least = {"context": 2, "sequences": 1, "zeroing_steps": 0, "ramp_steps": 1, "anneal_steps": 0}
         for name, minimum in (least | {"window_tokens": 0, "seed": 0}).items():
@@ -92,13 +91,11 @@ class RetrofitSettings:
     @property
     def rule(self) -> DMSConfig:
         """The rule that is trained, as the runtime applies it."""
-        return DMSConfig(
+        return replace(
+            LAYOUTS[self.layout],
             window_tokens=self.window_tokens,
             alpha_scale=self.alpha_scale,
             alpha_offset=self.alpha_offset,
-            shift=0 if self.layout == "shisa" else 1,
-            zero_borrowed={"adapter": "none", "nvidia": "pre_and_post_rope", "shisa": "pre_rope"}[self.layout],  # type: ignore[arg-type]
-            source="adapter" if self.layout == "adapter" else "borrowed_q",
             target_compression=float(self.target_compression),
         )
 

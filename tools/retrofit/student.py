@@ -124,7 +124,8 @@ class Student:
         return grouped
 
     def _scaled(self, grouped: torch.Tensor, share: float) -> torch.Tensor:
-        seen = torch.ones(grouped.shape[3:], dtype=grouped.dtype, device=grouped.device)
+        """The borrowed channel of ``[..., G, D]``, the last of each group's first head, times ``share``."""
+        seen = torch.ones(grouped.shape[-2:], dtype=grouped.dtype, device=grouped.device)
         seen[0, -1] = share
         return grouped * seen
 
@@ -159,9 +160,8 @@ class Student:
         assert self._pass is not None
         query, key = query.to(value.dtype), key.to(value.dtype)
         if self.rule.zero_borrowed == "pre_and_post_rope":
-            seen = torch.ones(query.shape[1], 1, self.head_dim, dtype=query.dtype, device=query.device)
-            seen[:: query.shape[1] // self.num_kv_heads, :, -1] = self._pass.borrowed_share
-            query = query * seen
+            grouped = self._grouped(query.transpose(1, 2))
+            query = self._scaled(grouped, self._pass.borrowed_share).flatten(2, 3).transpose(1, 2)
         # Also where nothing masks yet: its backward gives the same bits each time, which an exact restart needs.
         log_keep = (
             self._pass.log_keep.pop(module.layer_idx) if self._pass.masks else query.new_zeros(key.shape[:3]).float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from fastdms.checkpoint import Checkpoint
 from fastdms.checkpoint.adapter_file import write_adapter
 from fastdms.checkpoint.json_file import read_json_object
+from fastdms.tools.retrofit.base import folder_of
 from fastdms.tools.retrofit.export import write_checkpoint
 from fastdms.tools.retrofit.run_folder import RunFolder
 from fastdms.tools.retrofit.trainer import Trainer
@@ -21,18 +21,24 @@ __all__ = ["base_sha256", "write_result"]
 
 
 def write_result(folder: RunFolder, checkpoint: Checkpoint, trainer: Trainer, training: dict[str, Any]) -> Path:
-    """Write ``final/`` in the layout trained for and, for an adapter, ``adapter.safetensors`` beside it."""
-    source = checkpoint.tokenizer_path
-    assert source is not None
+    """Write ``final/`` in the layout trained for and, for an adapter, ``adapter.safetensors`` beside it.
+
+    training: ``config``, what the run began with, its base's digest included, and what came of it.
+    """
+    source = folder_of(checkpoint)
     rule = trainer.settings.rule
     if trainer.adapter:
         adapter = {name: p.detach().float().cpu() for name, p in trainer.trained.items()}
         write_adapter(
-            folder.path / "adapter.safetensors", adapter, dms=rule, base_sha256=base_sha256(source), training=training
+            folder.path / "adapter.safetensors",
+            adapter,
+            dms=rule,
+            base_sha256=training["config"]["base_sha256"],
+            training=training,
         )
     return write_checkpoint(
         folder.checkpoint,
-        config_values=json.loads((source / "config.json").read_text(encoding="utf-8")),
+        config_values=read_json_object(source / "config.json"),
         tensors=_tensors(checkpoint, trainer),
         dms=rule,
         layout=trainer.settings.layout,

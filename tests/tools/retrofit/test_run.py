@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,20 +69,26 @@ def test_the_result_is_a_checkpoint_that_evicts(base, prose, tmp_path, capsys, l
         assert model.kv_report().live_share < 0.9
 
 
-def test_interrupted_then_resumed_is_the_same_as_never_stopped(base, prose, tmp_path, monkeypatch, capsys) -> None:
-    assert _train(base, prose, tmp_path / "whole") == 0
+@contextmanager
+def _interrupted_in_step_6(number: int):
     step = Trainer.step
 
-    def interrupted(self, number):
-        if number == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, number)
+    def interrupted(self, done):
+        if done == 6:
+            os.kill(os.getpid(), number)
+        return step(self, done)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        yield
+
+
+def test_interrupted_then_resumed_is_the_same_as_never_stopped(base, prose, tmp_path, capsys) -> None:
+    assert _train(base, prose, tmp_path / "whole") == 0
     out = tmp_path / "stopped"
-    assert _train(base, prose, out) == 130
+    with _interrupted_in_step_6(signal.SIGINT):
+        assert _train(base, prose, out) == 130
     assert f"stopped after step 7; go on with: fastdms retrofit --resume {out}" in capsys.readouterr().err
-    monkeypatch.setattr(Trainer, "step", step)
     assert main(["retrofit", "--resume", str(out), "--device", "cpu"]) == 0
     assert _adapter_bytes(out) == _adapter_bytes(tmp_path / "whole")
     unclocked = [
@@ -282,17 +289,10 @@ def test_folders_of_other_runs_are_left_alone(base, prose, tmp_path, capsys) -> 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_resume_needs_the_same_text_and_a_whole_state(base, prose, tmp_path, monkeypatch, capsys) -> None:
-    step = Trainer.step
-
-    def interrupted(self, number):
-        if number == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
+def test_resume_needs_the_same_text_and_a_whole_state(base, prose, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    assert _train(base, prose, out) == 130
+    with _interrupted_in_step_6(signal.SIGTERM):
+        assert _train(base, prose, out) == 130
     capsys.readouterr()
     text = prose.read_text()
     prose.write_text(text.replace("harvest", "weather"))
