@@ -192,6 +192,7 @@ def test_kv_memory_as_a_share(weights, monkeypatch) -> None:
 def requested_bytes() -> int:
     """What all live tensors asked the allocator for; the blocks that it hands out may be larger by up to 1 MiB each."""
     gc.collect()
+    torch.cuda.init()  # before it there are no statistics
     return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
 
 

@@ -6,13 +6,35 @@ Programs and spans are both in order, so each pair (program p, span s) that meet
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.triton_common import dot_dtype
 
 _LOG2_E = 1.4426950408889634
+_LOWEST = tl.constexpr(-1.0e30)
+
+
+class Tiles(NamedTuple):
+    """How the work is cut: tokens of a tile, warps and pipeline stages of a program, programs per multiprocessor."""
+
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def tiles(head_dim: int, element_bytes: int) -> Tiles:
+    """The cut that measured best on an H100 for pages of this size (``docs/lab-notes.md``)."""
+    if element_bytes == 4:
+        return Tiles(tokens=32, warps=4, stages=2, programs=2)
+    if head_dim * element_bytes <= 128:
+        return Tiles(tokens=128, warps=4, stages=5, programs=2)
+    return Tiles(tokens=64 if head_dim * element_bytes <= 256 else 32, warps=4, stages=3, programs=2)
 
 
 @triton.jit
@@ -23,9 +45,115 @@ def _span_tiles(
     o_s = tl.arange(0, S)
     m_s = o_s < num_spans
     position = tl.load(positions_ptr + o_s // HKV, mask=m_s, other=-1)
-    m_s = m_s & (position >= 0)
-    row = tl.load(rows_ptr + o_s // HKV, mask=m_s, other=0)
-    return tl.cdiv(tl.load(live_len_ptr + row * HKV + o_s % HKV, mask=m_s, other=0), BLOCK_N)
+    row = tl.maximum(tl.load(rows_ptr + o_s // HKV, mask=m_s, other=0), 0)  # on its way together with the position
+    live = tl.load(live_len_ptr + row * HKV + o_s % HKV, mask=m_s & (position >= 0), other=0)
+    return tl.cdiv(live, BLOCK_N)
+
+
+@triton.jit
+def _slots(table_ptr, first, live, o_n, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tokens ``first + o_n`` of a span lie in the pool, ``[BLOCK_N]`` int64; 0 for those past ``live``."""
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(table_ptr + first // PAGE, mask=first < live, other=0).to(tl.int64)
+        return page * PAGE + first % PAGE + o_n
+    elif BLOCK_N % PAGE == 0:
+        slots = (o_n % PAGE).to(tl.int64)
+        for i in tl.static_range(BLOCK_N // PAGE):
+            page = tl.load(table_ptr + first // PAGE + i, mask=first + i * PAGE < live, other=0).to(tl.int64)
+            slots += tl.where(o_n // PAGE == i, page * PAGE, 0)
+        return slots
+    else:
+        token = first + o_n
+        page = tl.load(table_ptr + token // PAGE, mask=token < live, other=0).to(tl.int64)
+        return page * PAGE + token % PAGE
+
+
+@triton.jit
+def _load_tokens(pages_ptr, slots, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """``[BLOCK_N, BLOCK_D]`` of a page pool; zero past the last token and past D."""
+    o_d = tl.arange(0, BLOCK_D)
+    at = pages_ptr + slots[:, None] * D + o_d[None, :]
+    if MASKED and D != BLOCK_D:
+        return tl.load(at, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(at, mask=m_n[:, None], other=0.0)
+    elif D != BLOCK_D:
+        return tl.load(at, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _load_scales(
+    k_scales_ptr,
+    v_scales_ptr,
+    table_ptr,
+    first,
+    live,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):
+    """Scales of a tile's keys and of its values, ``[BLOCK_N]`` fp32, and the largest of the latter."""
+    if HAS_SCALES:
+        o_n = tl.arange(0, BLOCK_N)
+        m_n = first + o_n < live
+        slots = _slots(table_ptr, first, live, o_n, PAGE, BLOCK_N)
+        b_k = tl.load(k_scales_ptr + slots, mask=m_n, other=0.0).to(tl.float32)
+        b_v = tl.load(v_scales_ptr + slots, mask=m_n, other=0.0).to(tl.float32)
+        return b_k, b_v
+    else:
+        return 1.0, 1.0
+
+
+@triton.jit
+def _tile_step(
+    b_q,
+    b_k_scales,
+    b_v_scales,
+    b_max,
+    b_sum,
+    b_acc,
+    k_pages_ptr,
+    v_pages_ptr,
+    table_ptr,
+    first,
+    live,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of the online softmax, its sum still spread over the tile; MASKED where the span ends inside it."""
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = first + o_n < live
+    slots = _slots(table_ptr, first, live, o_n, PAGE, BLOCK_N)
+    b_k = _load_tokens(k_pages_ptr, slots, m_n, D, BLOCK_D, MASKED)
+    b_v = _load_tokens(v_pages_ptr, slots, m_n, D, BLOCK_D, MASKED)
+    b_x = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision="ieee")  # [BLOCK_G, BLOCK_N]
+    if HAS_SCALES:
+        b_x *= (b_k_scales * scale_log2)[None, :]
+    else:
+        b_x *= scale_log2
+    if MASKED:
+        b_x = tl.where(m_n[None, :], b_x, _LOWEST)
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_old = tl.exp2(b_max - b_new)
+    b_w = tl.exp2(b_x - b_new[:, None])
+    if MASKED:
+        b_w = tl.where(m_n[None, :], b_w, 0.0)
+    b_sum = b_sum * b_old[:, None] + b_w
+    b_acc *= b_old[:, None]
+    if HAS_SCALES:  # the tile's largest scale stays outside the product, where fp16 could not hold it
+        b_scale = tl.max(b_v_scales, 0)
+        b_w *= (b_v_scales / b_scale)[None, :]
+        b_acc += tl.dot(b_w.to(b_q.dtype), b_v.to(b_q.dtype), input_precision="ieee") * b_scale
+    else:
+        b_acc = tl.dot(b_w.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision="ieee")
+    return b_new, b_sum, b_acc
 
 
 @triton.jit
@@ -58,64 +186,67 @@ def _decode_attention_kernel(
     PROGRAMS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     DOT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """acc[p + s] = sum_n exp2(x_n - max) v_n over span s's tiles that fall to program p; x = scale q k^T log2(e)."""
+    if DEPENDENT:  # the merge may come up while this runs; it waits before it reads
+        gdc_launch_dependents()
     i_p = tl.program_id(0)
-    tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N)
-    cumulative = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0).to(tl.int64)
+    span_tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N)
+    cumulative = tl.cumsum(span_tiles, 0)
+    total = tl.sum(span_tiles, 0).to(tl.int64)
     programs = tl.minimum(total, PROGRAMS)  # none without work: its partial would never be written
     tile = tl.where(i_p < programs, (i_p * total) // tl.maximum(programs, 1), total).to(tl.int32)
     end = tl.where(i_p < programs, ((i_p + 1) * total) // tl.maximum(programs, 1), total).to(tl.int32)
     o_s = tl.arange(0, S)
     o_g = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
-    o_n = tl.arange(0, BLOCK_N)
-    m_d = o_d < D
+    m_head = (o_g[:, None] < G) & (o_d[None, :] < D)
     while tile < end:
         span = tl.sum((cumulative <= tile).to(tl.int32), 0)
         span_end = tl.sum(tl.where(o_s == span, cumulative, 0), 0)
-        span_begin = span_end - tl.sum(tl.where(o_s == span, tiles, 0), 0)
+        span_begin = span_end - tl.sum(tl.where(o_s == span, span_tiles, 0), 0)
         stop = tl.minimum(span_end, end)
         i_b = span // HKV
         i_h = span % HKV
         stored_span = tl.load(rows_ptr + i_b).to(tl.int64) * HKV + i_h
         live = tl.load(live_len_ptr + stored_span)
+        table = page_table_ptr + stored_span * max_pages
         p_q = q_ptr + i_b.to(tl.int64) * stride_q_token + (i_h * G + o_g[:, None]) * stride_q_head + o_d[None, :]
-        b_q = tl.load(p_q, mask=(o_g[:, None] < G) & m_d[None, :], other=0.0)  # [BLOCK_G, BLOCK_D]
-        b_q = b_q.to(tl.float32).to(DOT)
-        b_max = tl.full([BLOCK_G], -1.0e30, tl.float32)
-        b_sum = tl.zeros([BLOCK_G], tl.float32)
+        b_q = tl.load(p_q, mask=m_head, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_D]
+        scale = scale_log2
+        if HAS_SCALES:  # fp8 becomes fp16, which can't hold every bf16 query
+            largest = tl.max(tl.max(tl.abs(b_q), 1), 0)
+            power = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0))))
+            b_q /= power
+            scale *= power
+        b_q = b_q.to(DOT)
+        b_max = tl.full([BLOCK_G], _LOWEST, tl.float32)
+        b_sum = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
         b_acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        for i_n in range(tile - span_begin, stop - span_begin):
-            token = i_n * BLOCK_N + o_n
-            m_n = token < live
-            page = tl.load(page_table_ptr + stored_span * max_pages + token // PAGE, mask=m_n, other=0).to(tl.int64)
-            slot = page * PAGE + token % PAGE
-            m_k = m_n[None, :] & m_d[:, None]
-            b_k = tl.load(k_pages_ptr + slot[None, :] * D + o_d[:, None], mask=m_k, other=0.0)
-            m_v = m_n[:, None] & m_d[None, :]
-            b_v = tl.load(v_pages_ptr + slot[:, None] * D + o_d[None, :], mask=m_v, other=0.0)
-            b_x = tl.dot(b_q, b_k.to(tl.float32).to(DOT), input_precision="ieee") * scale_log2  # [BLOCK_G, BLOCK_N]
-            if HAS_SCALES:
-                b_x *= tl.load(k_scales_ptr + slot, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            b_x = tl.where(m_n[None, :], b_x, -1.0e30)
-            b_new = tl.maximum(b_max, tl.max(b_x, 1))
-            b_old = tl.exp2(b_max - b_new)
-            b_w = tl.where(m_n[None, :], tl.exp2(b_x - b_new[:, None]), 0.0)
-            b_sum = b_sum * b_old + tl.sum(b_w, 1)
-            b_scale = 1.0
-            if HAS_SCALES:  # the tile's largest scale stays outside the product, where fp16 could not hold it
-                b_scales = tl.load(v_scales_ptr + slot, mask=m_n, other=0.0).to(tl.float32)
-                b_scale = tl.max(b_scales, 0)
-                b_w *= (b_scales / b_scale)[None, :]
-            b_v = b_v.to(tl.float32).to(DOT)
-            b_acc = b_acc * b_old[:, None] + tl.dot(b_w.to(DOT), b_v, input_precision="ieee") * b_scale
-            b_max = b_new
-        partial = (i_p + span).to(tl.int64) * BLOCK_G + o_g
-        tl.store(max_ptr + partial, b_max)
-        tl.store(sum_ptr + partial, b_sum)
-        tl.store(acc_ptr + partial[:, None] * BLOCK_D + o_d[None, :], b_acc)
+        begin = (tile - span_begin) * BLOCK_N
+        last = (stop - span_begin) * BLOCK_N
+        whole = tl.minimum(last, live // BLOCK_N * BLOCK_N)
+        b_k_scales, b_v_scales = _load_scales(k_scales_ptr, v_scales_ptr, table, begin, live, PAGE, BLOCK_N, HAS_SCALES)
+        for first in range(begin, whole, BLOCK_N):
+            # One tile ahead: loads as narrow as these are not pipelined by the compiler.
+            b_next_k, b_next_v = _load_scales(
+                k_scales_ptr, v_scales_ptr, table, first + BLOCK_N, live, PAGE, BLOCK_N, HAS_SCALES
+            )
+            b_max, b_sum, b_acc = _tile_step(
+                b_q, b_k_scales, b_v_scales, b_max, b_sum, b_acc, k_pages_ptr, v_pages_ptr, table, first, live, scale,
+                D, BLOCK_D, PAGE, BLOCK_N, HAS_SCALES, False,
+            )  # fmt: skip
+            b_k_scales, b_v_scales = b_next_k, b_next_v
+        if whole < last:
+            b_max, b_sum, b_acc = _tile_step(
+                b_q, b_k_scales, b_v_scales, b_max, b_sum, b_acc, k_pages_ptr, v_pages_ptr, table, whole, live, scale,
+                D, BLOCK_D, PAGE, BLOCK_N, HAS_SCALES, True,
+            )  # fmt: skip
+        partial = (i_p + span).to(tl.int64) * G + o_g
+        tl.store(max_ptr + partial, b_max, mask=o_g < G)
+        tl.store(sum_ptr + partial, tl.sum(b_sum, 1), mask=o_g < G)
+        tl.store(acc_ptr + partial[:, None] * D + o_d[None, :], b_acc, mask=m_head)
         tile = stop
 
 
@@ -132,42 +263,48 @@ def _merge_kernel(
     S: tl.constexpr,
     HKV: tl.constexpr,
     G: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PIECES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """out[s] = sum_p exp2(max_p - max) acc_p / sum_p exp2(max_p - max) sum_p over the programs that met span s."""
+    """out[s, g] = sum_p exp2(max_p - max) acc_p / sum_p exp2(max_p - max) sum_p over the programs that met span s."""
     span = tl.program_id(0)
-    tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N)
+    i_g = tl.program_id(1)
+    span_tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N)
     o_s = tl.arange(0, S)
-    total = tl.sum(tiles, 0).to(tl.int64)
+    total = tl.sum(span_tiles, 0).to(tl.int64)
     programs = tl.minimum(total, PROGRAMS)
-    own = tl.sum(tl.where(o_s == span, tiles, 0), 0)
-    begin = tl.sum(tl.where(o_s < span, tiles, 0), 0)
-    o_g = tl.arange(0, BLOCK_G)
+    own = tl.sum(tl.where(o_s == span, span_tiles, 0), 0)
+    begin = tl.sum(tl.where(o_s < span, span_tiles, 0), 0)
     o_d = tl.arange(0, BLOCK_D)
-    b_max = tl.full([BLOCK_G], -1.0e30, tl.float32)
-    b_sum = tl.zeros([BLOCK_G], tl.float32)
-    b_acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    o_p = tl.arange(0, PIECES)
+    m_d = o_d < D
+    b_max = _LOWEST
+    b_sum = 0.0
+    b_acc = tl.zeros([BLOCK_D], tl.float32)
+    if DEPENDENT:
+        gdc_wait()
     if own > 0:
         # Tile x belongs to the last program p with p * total // programs <= x.
         first = (((begin + 1) * programs - 1) // total).to(tl.int32)
         last = (((begin + own) * programs - 1) // total).to(tl.int32)
-        for i_p in range(first, last + 1):
-            partial = (i_p + span).to(tl.int64) * BLOCK_G + o_g
-            b_m = tl.load(max_ptr + partial)
-            b_new = tl.maximum(b_max, b_m)
+        for i_p in range(first, last + 1, PIECES):
+            m_p = i_p + o_p <= last
+            partial = (i_p + o_p + span).to(tl.int64) * G + i_g
+            b_m = tl.load(max_ptr + partial, mask=m_p, other=_LOWEST)
+            b_s = tl.load(sum_ptr + partial, mask=m_p, other=0.0)
+            b_a = tl.load(acc_ptr + partial[:, None] * D + o_d[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0)
+            b_new = tl.maximum(b_max, tl.max(b_m, 0))
             b_old = tl.exp2(b_max - b_new)
-            b_w = tl.exp2(b_m - b_new)
-            b_sum = b_sum * b_old + tl.load(sum_ptr + partial) * b_w
-            b_part = tl.load(acc_ptr + partial[:, None] * BLOCK_D + o_d[None, :])
-            b_acc = b_acc * b_old[:, None] + b_part * b_w[:, None]
+            b_w = tl.where(m_p, tl.exp2(b_m - b_new), 0.0)
+            b_sum = b_sum * b_old + tl.sum(b_w * b_s, 0)
+            b_acc = b_acc * b_old + tl.sum(b_w[:, None] * b_a, 0)
             b_max = b_new
-    b_out = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
-    p_out = out_ptr + (span.to(tl.int64) * G + o_g[:, None]) * D + o_d[None, :]
-    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(o_g[:, None] < G) & (o_d[None, :] < D))
+    b_out = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)
+    tl.store(out_ptr + (span.to(tl.int64) * G + i_g) * D + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
 def decode_attention(
@@ -188,23 +325,38 @@ def decode_attention(
     if batch == 0:
         return out
     spans, group = batch * num_kv_heads, num_heads // num_kv_heads
-    block_g, block_d, block_n = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim)), 64
-    programs = min(_max_programs(q.device), spans * triton.cdiv(page_table.shape[-1] * page_size, block_n))
-    partials = q.new_empty((programs + spans) * block_g * (block_d + 2), dtype=torch.float32)
-    maxima, sums, acc = partials.split([(programs + spans) * block_g * n for n in (1, 1, block_d)])
+    dot = dot_dtype(q.dtype, k_pages.dtype)
+    if k_scales.numel() > 0 and dot != tl.float32:
+        dot = tl.float16  # holds every fp8 value, and the hardware converts to it
+    block_n, warps, stages, per_processor = tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
+    programs = min(
+        per_processor * _num_processors(q.device), spans * triton.cdiv(page_table.shape[-1] * page_size, block_n)
+    )
+    partials = q.new_empty((programs + spans) * group * (head_dim + 2), dtype=torch.float32)
+    acc, maxima, sums = partials.split([(programs + spans) * group * n for n in (head_dim, 1, 1)])
     blocks = {
-        "S": triton.next_power_of_2(spans), "HKV": num_kv_heads, "G": group, "BLOCK_G": block_g, "D": head_dim,
-        "BLOCK_D": block_d, "BLOCK_N": block_n, "PROGRAMS": programs, "num_warps": 4,
+        "S": triton.next_power_of_2(spans), "HKV": num_kv_heads, "G": group, "D": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_N": block_n, "PROGRAMS": programs,
+        "DEPENDENT": dependent_launch(q.device),
     }  # fmt: skip
     _decode_attention_kernel[(programs,)](
         q, positions, rows, k_pages, v_pages, k_scales, v_scales, page_table, live_len, maxima, sums, acc,
         *q.stride()[:2], spans, page_table.shape[-1], sm_scale * _LOG2_E,
-        PAGE=page_size, HAS_SCALES=k_scales.numel() > 0, DOT=dot_dtype(q.dtype, k_pages.dtype), num_stages=3, **blocks,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), PAGE=page_size, HAS_SCALES=k_scales.numel() > 0, DOT=dot,
+        num_warps=warps, num_stages=stages, **blocks,
     )  # fmt: skip
-    _merge_kernel[(spans,)](positions, rows, live_len, maxima, sums, acc, out, spans, **blocks)
+    _merge_kernel[(spans, group)](
+        positions, rows, live_len, maxima, sums, acc, out, spans, PIECES=16, num_warps=1, **blocks,
+        **({"launch_pdl": True} if blocks["DEPENDENT"] else {}),
+    )  # fmt: skip
     return out
 
 
-def _max_programs(device: torch.device) -> int:
-    """Two programs per multiprocessor; the interpreter gets few, so that pieces still cut through spans."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may come up before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _num_processors(device: torch.device) -> int:
+    """Multiprocessors; the interpreter gets few, so that pieces still cut through spans."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

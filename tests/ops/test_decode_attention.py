@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -120,6 +121,29 @@ def test_page_edges(page_size: int, pages: int) -> None:
     edge = pages * page_size
     cache = _cache([[edge - 1, edge, edge + 1]], page_size=page_size)
     _compare(cache, torch.randn(1, 3, 16), [0], [edge])
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 24, 48, 128, 256])
+def test_pages_that_divide_the_tile_are_divided_by_it_or_neither(page_size: int) -> None:
+    cache = _cache([[300, 70, 1], [33, 0, 96]], page_size=page_size, num_pages=600)
+    _compare(cache, torch.randn(2, 6, 16), [1, 0], [400, 400])
+
+
+def test_more_pieces_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("fastdms.ops.decode_attention.kernel"), "_num_processors", lambda _: 30)
+    cache = _cache([[1500, 3], [40, 200]], page_size=64)
+    _compare(cache, torch.randn(2, 2, 16), [0, 1], [1600, 1600])
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_scores_that_rise_or_fall_along_a_span(rising: bool) -> None:
+    """Every tile, and every piece, outweighs the one before it or adds nothing to it."""
+    cache = make_cache(num_rows=1, max_context=400, num_pages=60)
+    order = torch.arange(400.0) if rising else torch.arange(400.0).flip(0)
+    keys = order[:, None] / 100 + torch.randn(400, 16) / 3
+    parts = [keys, torch.randn(400, 16), torch.randn(9, 16), torch.randn(9, 16)]
+    fill_spans(cache, [[400, 9]], lambda n: parts.pop(0))
+    _compare(cache, torch.ones(1, 4, 16), [0], [400], 0.2)
 
 
 @pytest.mark.gpu
