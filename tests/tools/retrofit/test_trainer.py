@@ -80,15 +80,20 @@ def test_chosen_weights_train_and_no_others() -> None:
 
 @pytest.mark.parametrize("layout", ["adapter", "nvidia"])
 @pytest.mark.parametrize("stop", [1, 4, 5, 7])
-def test_a_restart_is_exact(layout, stop) -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=["cpu-fp32", "cuda-bf16"],
+)
+def test_a_restart_is_exact(layout, stop, device, dtype) -> None:
     """Also when the stop is right before, at or after the step that clears the borrowed rows."""
     settings = _settings(layout=layout, zeroing_steps=0 if layout == "adapter" else 5, ramp_steps=5, anneal_steps=2)
-    whole = Trainer(tiny_model("qwen3"), _CONTEXTS, settings)
+    whole = Trainer(tiny_model("qwen3").to(device, dtype), _CONTEXTS, settings)
     lines = [whole.step(step) for step in range(9)]
-    first = Trainer(tiny_model("qwen3"), _CONTEXTS, settings)
+    first = Trainer(tiny_model("qwen3").to(device, dtype), _CONTEXTS, settings)
     for step in range(stop):
         first.step(step)
-    second = Trainer(tiny_model("qwen3"), _CONTEXTS, settings)
+    second = Trainer(tiny_model("qwen3").to(device, dtype), _CONTEXTS, settings)
     second.load_state(first.state())
     assert [second.step(step) for step in range(stop, 9)] == lines[stop:]
     for name, parameter in whole.trained.items():
