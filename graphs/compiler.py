@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastdms.graphs.buffers import StepBuffers
+from fastdms.graphs.pieces import compile_pieces
 
 __all__ = ["CountingBackend", "Step", "StepOutput", "compile_step"]
 
@@ -28,12 +29,11 @@ class CountingBackend:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiles += 1
-        compiled: Callable[..., Any] = self._compile(graph, inputs)
-        return compiled
+        return compile_pieces(graph, inputs, self._compile)
 
 
 def compile_step(step: Step, backend: CountingBackend) -> Step:
-    """``step`` as one graph, for the shapes that it is first called with."""
+    """``step`` as one graph, for the shapes that it is first called with; equal layers in it are compiled once."""
     compiled: Step = torch.compile(_own_code(step), backend=backend, fullgraph=True, dynamic=False)
     return compiled
 

@@ -104,8 +104,9 @@ def test_one_whole_graph_for_each_bucket(made) -> None:
     model, code, counted = made
     stats = model.graphs.stats()
     assert stats["buckets"] == (1, 2)
-    assert stats["compiles"] == counted["graphs"] == len(code) == 2
+    assert stats["compiles"] == counted["graphs"] == 2
     assert counted["breaks"] == 0
+    assert len(code) == 2 * 3, "what comes before, between and after the attentions"
 
 
 def test_no_copy_of_the_cache_in_the_generated_code(made) -> None:
@@ -113,15 +114,18 @@ def test_no_copy_of_the_cache_in_the_generated_code(made) -> None:
     model, code, _ = made
     cache = engine_of(model).cache
     assert cache.k_pages.numel() == PAGES * 64 * HEAD_DIM
-    for source in code:
-        assert VOCAB_SIZE * 1 <= max(allocations(source)) <= VOCAB_SIZE * 2, "the logits are the largest buffer"
+    largest = [max(allocations(source)) for source in code]
+    assert VOCAB_SIZE <= max(largest) <= VOCAB_SIZE * 2, "the logits are the largest buffer"
+    attending = [source for source in code if "decode_attention" in source]
+    assert len(attending) == 4
+    for source in attending:
         pools = inputs_of_shape(source, tuple(cache.k_pages.shape))
         assert len(pools) == 2
         for name in pools:
             assert uses(source, name) == {"decode_append", "decode_attention"}
-        (table,) = inputs_of_shape(source, tuple(cache.page_table.shape))
+        (table,) = inputs_of_shape(source, tuple(cache.page_table.shape[1:]))
         assert uses(source, table) == {"decode_append", "decode_attention"}
-        (ring,) = set(inputs_of_shape(source, tuple(cache.ring.shape))) - {table}
+        (ring,) = set(inputs_of_shape(source, tuple(cache.ring.shape[1:]))) - {table}
         assert uses(source, ring) == {"decode_append"}
 
 
