@@ -13,6 +13,7 @@ from fastdms.ops.rope_decide import ZERO_MODES
 ZERO_BOTH = tl.constexpr(ZERO_MODES.index("pre_and_post_rope"))
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_LARGEST_BF16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
 
 
 @triton.jit
@@ -21,28 +22,41 @@ def load_halves(x_ptr, weight_ptr, eps, o_half, m_half, HALF: tl.constexpr, HAS_
     first = tl.load(x_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
     if HAS_NORM:
-        mean_square = (tl.sum(first * first, 0) + tl.sum(second * second, 0)) / (2 * HALF)
-        inverse = 1.0 / tl.sqrt_rn(mean_square + eps)
-        first = first * inverse * tl.load(weight_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
-        second = second * inverse * tl.load(weight_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+        w_first = tl.load(weight_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
+        w_second = tl.load(weight_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+        first, second = rms_norm(first, second, w_first, w_second, eps, HALF)
     return first, second
 
 
 @triton.jit
-def store_token(
-    first, second, pages_ptr, scales_ptr, slot, o_half, m_half, HALF: tl.constexpr, HAS_SCALES: tl.constexpr
-):
-    """Quantise one head, given as fp32 halves, into ``slot`` (int64, page * S + slot in page)."""
-    if HAS_SCALES:
-        largest = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0))
-        scale = tl.maximum(tl.div_rn(largest, _FP8_MAX), _SMALLEST_SCALE).to(tl.bfloat16)
-        tl.store(scales_ptr + slot, scale)
-        divisor = scale.to(tl.float32)
-        first = tl.clamp(tl.div_rn(first, divisor), -_FP8_MAX, _FP8_MAX)
-        second = tl.clamp(tl.div_rn(second, divisor), -_FP8_MAX, _FP8_MAX)
-    at = pages_ptr + slot * (2 * HALF)
-    tl.store(at + o_half, first.to(pages_ptr.dtype.element_ty), mask=m_half)
-    tl.store(at + HALF + o_half, second.to(pages_ptr.dtype.element_ty), mask=m_half)
+def rms_norm(first, second, w_first, w_second, eps, HALF: tl.constexpr):
+    """RMSNorm of a head, ``[BLOCK_HALF]`` halves, or of one head a row, ``[N, BLOCK_HALF]``; all in fp32."""
+    AXIS: tl.constexpr = len(first.shape) - 1
+    mean_square = (tl.sum(first * first, AXIS) + tl.sum(second * second, AXIS)) / (2 * HALF)
+    inverse = 1.0 / tl.sqrt_rn(mean_square + eps)
+    if AXIS == 1:
+        inverse = inverse[:, None]
+    return first * inverse * w_first, second * inverse * w_second
+
+
+@triton.jit
+def token_scale(largest):
+    """What a token with this largest magnitude (fp32) is divided by, bf16."""
+    return tl.maximum(tl.div_rn(largest, _FP8_MAX), _SMALLEST_SCALE).to(tl.bfloat16)
+
+
+@triton.jit
+def divide_by_scale(x, scale):
+    """fp32 ``x / scale`` as fp8 pages store it, still fp32; ``scale`` of ``token_scale``, broadcast to ``x``.
+
+    As exact as ``div_rn`` wherever fp8 is not zero, but without its branches: a scale has 8 significant bits, so that
+    no quotient lies within 2^-33 of the middle between two floats, and one step of Newton's leaves an error of 2^-47.
+    """
+    divisor = tl.minimum(scale.to(tl.float32), _LARGEST_BF16)  # an infinite token leaves its finite channels finite
+    inverse = tl.div_rn(1.0, divisor)
+    quotient = x * inverse
+    quotient = tl.fma(-tl.fma(quotient, divisor, -x), inverse, quotient)  # so signed, a zero keeps its sign
+    return tl.clamp(quotient, -_FP8_MAX, _FP8_MAX)
 
 
 @triton.jit
@@ -59,18 +73,22 @@ def store_rotated(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HA
 
 
 @triton.jit
-def pop_pages(num_free_ptr, count):
+def pop_pages(num_free_ptr, free, count, most):
     """Take ``count`` pages off the stack: their first index in ``free_pages``, or -1 if there are too few.
 
-    Compare-and-swap, so that a failed pop never takes pages away from another, even for a moment. For programs of one
-    warp: each warp of a larger one would read ``num_free`` for itself, and others change it in between.
+    free: what ``num_free`` was at some time since the kernel began (it only falls), **the same in all warps**: read by
+    one warp, or by an atomic. most: what all pops of the launch may take. While there are as many, none can fail and a
+    subtraction will do; then compare-and-swap, which makes programs wait for each other, but by which a failed pop
+    never takes pages away from another, even for a moment. Relaxed, since earlier kernels wrote the stack.
     """
-    free = tl.load(num_free_ptr, volatile=True)
     start = free * 0 - 1
-    while free >= count:
-        seen = tl.atomic_cas(num_free_ptr, free, free - count)
-        start = tl.where(seen == free, free - count, start)
-        free = tl.where(seen == free, -1, seen)
+    if free >= most:
+        start = tl.atomic_add(num_free_ptr, -count, sem="relaxed") - count
+    else:
+        while free >= count:
+            seen = tl.atomic_cas(num_free_ptr, free, free - count, sem="relaxed")
+            start = tl.where(seen == free, free - count, start)
+            free = tl.where(seen == free, -1, seen)
     return start
 
 

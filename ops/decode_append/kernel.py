@@ -7,7 +7,23 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import element_strides, load_halves, pop_pages, store_rotated, store_token
+from fastdms.ops.triton_common import ZERO_BOTH, divide_by_scale, element_strides, pop_pages, rms_norm, token_scale
+
+
+@triton.jit
+def _decide(
+    lead_first, lead_second, w_first, w_second, norm_eps, decision_scale, decision_threshold, o_half,
+    HALF: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """s * decision_scale > decision_threshold; s is ``lead_second``, or the last channel of the normed halves."""
+    s = lead_second
+    if HAS_NORM and not HAS_ALPHA:
+        _, normed = rms_norm(
+            lead_first.to(tl.float32), lead_second.to(tl.float32), w_first.to(tl.float32), w_second.to(tl.float32),
+            norm_eps, HALF,
+        )  # fmt: skip
+        s = tl.sum(tl.where(o_half == HALF - 1, normed, 0.0), 0)
+    return (s.to(tl.float32) * decision_scale > decision_threshold).to(tl.int32)
 
 
 @triton.jit
@@ -47,6 +63,7 @@ def _decode_append_kernel(
     decision_threshold,
     HKV: tl.constexpr,
     G: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     PAGE: tl.constexpr,
@@ -57,81 +74,138 @@ def _decode_append_kernel(
     HAS_NORM: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
-    """Token t: slot = flagged(t - W - 1) ? its slot : live_len++; ring[t mod (W + 1)] = slot << 1 | flagged."""
-    i_b = tl.program_id(0)
+    """Token t: slot = flagged(t - W - 1) ? its slot : live_len++; ring[t mod (W + 1)] = slot << 1 | flagged.
+
+    A chain of three loads, each of them together with all that wait for no more: position and row; ring entry and
+    length; page. What is computed from the first two hides behind the third, and only a pop branches.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1)
-    position = tl.load(positions_ptr + i_b)
-    at = tl.maximum(position, 0).to(tl.int64)
-    o_half = tl.arange(0, BLOCK_HALF)  # [BLOCK_HALF]
+    o_g = tl.arange(0, BLOCK_G)
+    o_half = tl.arange(0, BLOCK_HALF)
     m_half = o_half < HALF
-    cos = tl.load(cos_ptr + at * HALF + o_half, mask=m_half, other=0.0)
-    sin = tl.load(sin_ptr + at * HALF + o_half, mask=m_half, other=0.0)
-    cos = tl.where(position >= 0, cos, 0.0)  # a padded query comes out as zero
-    sin = tl.where(position >= 0, sin, 0.0)
+    m_q = (o_g < G)[:, None] & m_half[None, :]
 
-    decision_input = 0.0
+    position = tl.load(positions_ptr + i_b)
+    row = tl.load(rows_ptr + i_b)
+    free = tl.load(num_free_ptr)
+    p_q = q_ptr + i_b * stride_q_token + (i_h * G + o_g).to(tl.int64)[:, None] * stride_q_head + o_half[None, :]
+    q_first = tl.load(p_q, mask=m_q, other=0.0)  # [BLOCK_G, BLOCK_HALF]
+    q_second = tl.load(p_q + HALF, mask=m_q, other=0.0)
+    p_k = k_ptr + i_b * stride_k_token + i_h * stride_k_head + o_half
+    k_first = tl.load(p_k, mask=m_half, other=0.0)
+    k_second = tl.load(p_k + HALF, mask=m_half, other=0.0)
+    p_v = v_ptr + i_b * stride_v_token + i_h * stride_v_head + o_half
+    v_first = tl.load(p_v, mask=m_half, other=0.0)
+    v_second = tl.load(p_v + HALF, mask=m_half, other=0.0)
+    q_norm_first, q_norm_second, lead_first = 0.0, 0.0, 0.0
+    if HAS_NORM:
+        q_norm_first = tl.load(q_norm_ptr + o_half, mask=m_half, other=0.0)
+        q_norm_second = tl.load(q_norm_ptr + HALF + o_half, mask=m_half, other=0.0)
+        k_norm_first = tl.load(k_norm_ptr + o_half, mask=m_half, other=0.0)
+        k_norm_second = tl.load(k_norm_ptr + HALF + o_half, mask=m_half, other=0.0)
+    # The decision's head once more, as prefill_rope has it: both sum its norm in the same order.
+    p_lead = q_ptr + i_b * stride_q_token + (i_h * G).to(tl.int64) * stride_q_head
     if HAS_ALPHA:
-        decision_input = tl.load(alpha_ptr + i_b.to(tl.int64) * stride_alpha_token + i_h * stride_alpha_head).to(
-            tl.float32
-        )
-    for g in tl.static_range(G):
-        head = i_h * G + g
-        first, second = load_halves(
-            q_ptr + i_b.to(tl.int64) * stride_q_token + head * stride_q_head,
-            q_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM,
-        )  # fmt: skip
-        if g == 0 and not HAS_ALPHA:
-            decision_input = tl.sum(tl.where(o_half == HALF - 1, second, 0.0), 0)
-        out = out_ptr + (i_b.to(tl.int64) * HKV * G + head) * (2 * HALF)
-        store_rotated(out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
-    decision = (decision_input * decision_scale > decision_threshold).to(tl.int32)
+        lead_second = tl.load(alpha_ptr + i_b * stride_alpha_token + i_h * stride_alpha_head)
+    elif HAS_NORM:
+        lead_first = tl.load(p_lead + o_half, mask=m_half, other=0.0)
+        lead_second = tl.load(p_lead + HALF + o_half, mask=m_half, other=0.0)
+    else:
+        lead_second = tl.load(p_lead + (2 * HALF - 1))
 
-    row = tl.maximum(tl.load(rows_ptr + i_b), 0).to(tl.int64)
-    if position >= 0 and tl.load(starved_ptr + row) == 0:
-        span = row * HKV + i_h
-        ring = ring_ptr + span * (WINDOW + 1)
-        live = tl.load(live_len_ptr + span)
-        leaving = tl.load(ring + position % (WINDOW + 1))
-        flagged = leaving & 1
-        if SHIFT == 1 and WINDOW == 0:  # the token leaving is the one that is being decided about
-            flagged = decision
-        reuse = (position > WINDOW) & (flagged == 1)
-        slot = tl.where(reuse, leaving >> 1, live)
-        table = page_table_ptr + span * max_pages + slot // PAGE
-        page = -1
-        if slot // PAGE < max_pages:
-            if slot % PAGE == 0 and not reuse:
-                index = pop_pages(num_free_ptr, 1)
-                if index >= 0:
-                    page = tl.load(free_pages_ptr + index)
-                    tl.store(table, page)
-            else:
-                page = tl.load(table)
-        if page < 0:
-            tl.store(starved_ptr + row, 1)
-        else:
-            if SHIFT == 1 and WINDOW > 0:  # noqa: SIM102 (static, unlike the inner condition)
-                if position > 0:
-                    before = ring + (position - 1) % (WINDOW + 1)
-                    tl.store(before, (tl.load(before) & ~1) | decision)
-            own = decision
-            if SHIFT == 1:
-                own = 0
-            tl.store(ring + position % (WINDOW + 1), (slot << 1) | own)
-            tl.store(live_len_ptr + span, tl.where(reuse, live, live + 1))
-            target = page.to(tl.int64) * PAGE + slot % PAGE
-            first, second = load_halves(
-                k_ptr + i_b.to(tl.int64) * stride_k_token + i_h * stride_k_head,
-                k_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM,
-            )  # fmt: skip
-            rotated = first * cos - second * sin
-            second = second * cos + first * sin
-            store_token(rotated, second, k_pages_ptr, k_scales_ptr, target, o_half, m_half, HALF, HAS_SCALES)
-            first, second = load_halves(
-                v_ptr + i_b.to(tl.int64) * stride_v_token + i_h * stride_v_head,
-                k_norm_ptr, norm_eps, o_half, m_half, HALF, False,
-            )  # fmt: skip
-            store_token(first, second, v_pages_ptr, v_scales_ptr, target, o_half, m_half, HALF, HAS_SCALES)
+    at = tl.maximum(position, 0)  # padding reads what position 0 of row 0 would, and writes nothing
+    row = tl.maximum(row, 0).to(tl.int64)
+    span = row * HKV + i_h
+    p_entry = ring_ptr + span * (WINDOW + 1) + at % (WINDOW + 1)
+    p_before = ring_ptr + span * (WINDOW + 1) + (at + WINDOW) % (WINDOW + 1)
+    leaving = tl.load(p_entry)
+    live = tl.load(live_len_ptr + span)
+    starved = tl.load(starved_ptr + row)
+    cos = tl.load(cos_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
+    sin = tl.load(sin_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
+    if SHIFT == 1:
+        before = tl.load(p_before)
+    tl.debug_barrier()  # else the compiler lets loads from above join or follow the page's
+
+    # Only here has the slot to wait for the decision: the token leaving is the one that is being decided about.
+    DECIDE_FIRST: tl.constexpr = SHIFT == 1 and WINDOW == 0
+    flagged = leaving & 1
+    if DECIDE_FIRST:
+        decision = _decide(
+            lead_first, lead_second, q_norm_first, q_norm_second, norm_eps, decision_scale, decision_threshold, o_half,
+            HALF, HAS_ALPHA, HAS_NORM,
+        )  # fmt: skip
+        flagged = decision
+    reuse = (position > WINDOW) & (flagged == 1)
+    slot = tl.where(reuse, leaving >> 1, live)
+    p_page = page_table_ptr + span * max_pages + slot // PAGE
+    page = tl.load(p_page, mask=slot // PAGE < max_pages, other=-1)
+
+    if not DECIDE_FIRST:
+        decision = _decide(
+            lead_first, lead_second, q_norm_first, q_norm_second, norm_eps, decision_scale, decision_threshold, o_half,
+            HALF, HAS_ALPHA, HAS_NORM,
+        )  # fmt: skip
+    q_first, q_second = q_first.to(tl.float32), q_second.to(tl.float32)
+    k_first, k_second = k_first.to(tl.float32), k_second.to(tl.float32)
+    v_first, v_second = v_first.to(tl.float32), v_second.to(tl.float32)
+    if HAS_NORM:
+        q_first, q_second = rms_norm(
+            q_first, q_second, q_norm_first.to(tl.float32)[None, :], q_norm_second.to(tl.float32)[None, :], norm_eps,
+            HALF,
+        )  # fmt: skip
+        k_first, k_second = rms_norm(
+            k_first, k_second, k_norm_first.to(tl.float32), k_norm_second.to(tl.float32), norm_eps, HALF
+        )
+    borrowed = (o_g == 0)[:, None] & (o_half == HALF - 1)[None, :]
+    if ZERO > 0:
+        q_second = tl.where(borrowed, 0.0, q_second)
+    out_first = q_first * cos[None, :] - q_second * sin[None, :]
+    out_second = q_second * cos[None, :] + q_first * sin[None, :]
+    if ZERO == ZERO_BOTH:
+        out_second = tl.where(borrowed, 0.0, out_second)
+    out_first = tl.where(position >= 0, out_first, 0.0)
+    out_second = tl.where(position >= 0, out_second, 0.0)
+    p_out = out_ptr + (i_b * HKV * G + i_h * G + o_g)[:, None] * (2 * HALF) + o_half[None, :]
+    tl.store(p_out, out_first.to(out_ptr.dtype.element_ty), mask=m_q)
+    tl.store(p_out + HALF, out_second.to(out_ptr.dtype.element_ty), mask=m_q)
+
+    rotated = k_first * cos - k_second * sin
+    k_second = k_second * cos + k_first * sin
+    k_first = rotated
+    if HAS_SCALES:
+        k_scale = token_scale(tl.maximum(tl.max(tl.abs(k_first), 0), tl.max(tl.abs(k_second), 0)))
+        v_scale = token_scale(tl.maximum(tl.max(tl.abs(v_first), 0), tl.max(tl.abs(v_second), 0)))
+        k_first, k_second = divide_by_scale(k_first, k_scale), divide_by_scale(k_second, k_scale)
+        v_first, v_second = divide_by_scale(v_first, v_scale), divide_by_scale(v_second, v_scale)
+    PAGES: tl.constexpr = k_pages_ptr.dtype.element_ty
+    k_first, k_second, v_first, v_second = k_first.to(PAGES), k_second.to(PAGES), v_first.to(PAGES), v_second.to(PAGES)
+
+    active = (position >= 0) & (starved == 0)
+    if active & (slot % PAGE == 0) & (reuse == 0) & (slot // PAGE < max_pages):
+        index = pop_pages(num_free_ptr, free, 1, tl.num_programs(0) * HKV)
+        page = tl.load(free_pages_ptr + index, mask=index >= 0, other=-1)
+        tl.store(p_page, page, mask=index >= 0)
+    tl.store(starved_ptr + row, 1, mask=active & (page < 0))
+    stored = active & (page >= 0)
+    own = decision
+    if SHIFT == 1:
+        own = 0
+        if WINDOW > 0:
+            tl.store(p_before, (before & ~1) | decision, mask=stored & (position > 0))
+    tl.store(p_entry, (slot << 1) | own, mask=stored)
+    tl.store(live_len_ptr + span, live + 1, mask=stored & (reuse == 0))
+    target = page.to(tl.int64) * PAGE + slot % PAGE
+    m_x = o_half < tl.where(stored, HALF, 0)  # the interpreter can't broadcast the result of a scalar comparison
+    if HAS_SCALES:
+        tl.store(k_scales_ptr + target, k_scale, mask=stored)
+        tl.store(v_scales_ptr + target, v_scale, mask=stored)
+    o_x = target * (2 * HALF) + o_half
+    tl.store(k_pages_ptr + o_x, k_first, mask=m_x)
+    tl.store(k_pages_ptr + o_x + HALF, k_second, mask=m_x)
+    tl.store(v_pages_ptr + o_x, v_first, mask=m_x)
+    tl.store(v_pages_ptr + o_x + HALF, v_second, mask=m_x)
 
 
 def decode_append(
@@ -163,6 +237,7 @@ def decode_append(
 ) -> torch.Tensor:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
     out = q.new_empty(q.shape)
     if batch == 0:
         return out
@@ -172,7 +247,7 @@ def decode_append(
         k_pages, v_pages, k_scales, v_scales, page_table, live_len, ring, free_pages, num_free, starved, out,
         *element_strides(q, k, v), *(alpha.stride() if alpha is not None else (0, 0)),
         page_table.shape[-1], norm_eps, decision_scale, decision_threshold,
-        HKV=num_kv_heads, G=num_heads // num_kv_heads, HALF=head_dim // 2,
+        HKV=num_kv_heads, G=group, BLOCK_G=triton.next_power_of_2(group), HALF=head_dim // 2,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PAGE=k_pages.shape[1], WINDOW=ring.shape[-1] - 1,
         SHIFT=shift, ZERO=zero_borrowed, HAS_ALPHA=alpha is not None, HAS_NORM=q_norm is not None,
         HAS_SCALES=k_scales.numel() > 0, num_warps=1,

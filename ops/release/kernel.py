@@ -24,16 +24,20 @@ def _release_kernel(
 ):
     """free_pages[num_free : num_free + held] = the span's pages; no pop runs at the same time, so an add is enough."""
     layer = tl.program_id(1) // HKV
+    o_p = tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + tl.program_id(0))
     if row >= 0:
         span = (layer.to(tl.int64) * num_rows + row) * HKV + tl.program_id(1) % HKV
         held = tl.cdiv(tl.load(live_len_ptr + span), PAGE)
-        base = tl.atomic_add(num_free_ptr, held)
-        for first in range(0, held, BLOCK):
-            o_p = first + tl.arange(0, BLOCK)
-            pages = tl.load(page_table_ptr + span * max_pages + o_p, mask=o_p < held)
-            tl.store(free_pages_ptr + base + o_p, pages, mask=o_p < held)
-        tl.store(live_len_ptr + span, 0)
+        if held > 0:
+            table = page_table_ptr + span * max_pages
+            b_pages = tl.load(table + o_p, mask=o_p < held)  # under way while the counter is
+            base = tl.atomic_add(num_free_ptr, held, sem="relaxed")
+            for first in range(0, held, BLOCK):
+                b_next = tl.load(table + first + BLOCK + o_p, mask=first + BLOCK + o_p < held)
+                tl.store(free_pages_ptr + base + first + o_p, b_pages, mask=first + o_p < held)
+                b_pages = b_next
+            tl.store(live_len_ptr + span, 0)
         if tl.program_id(1) == 0:
             tl.store(starved_ptr + row, 0)
 
@@ -52,5 +56,5 @@ def release(
         return
     _release_kernel[(rows.numel(), layers * num_kv_heads)](
         rows, page_table, live_len, free_pages, num_free, starved, num_rows, max_pages,
-        HKV=num_kv_heads, PAGE=page_size, BLOCK=min(1024, triton.next_power_of_2(max_pages)), num_warps=1,
+        HKV=num_kv_heads, PAGE=page_size, BLOCK=min(256, triton.next_power_of_2(max_pages)), num_warps=1,
     )  # fmt: skip

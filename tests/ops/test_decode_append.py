@@ -113,6 +113,32 @@ def test_padding_alone_touches_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
+def test_padding_of_nan_comes_out_as_zero(backend: str) -> None:
+    rig = Rig(backend)
+    nan = {heads: torch.full((1, heads, 16), math.nan, device=rig.device) for heads in (2, 4)}
+    with on(backend):
+        out = decode_append(
+            nan[4], nan[2], nan[2], rig.layer, positions=torch.tensor([-1], dtype=torch.int32, device=rig.device),
+            rows=torch.zeros(1, dtype=torch.int32, device=rig.device), cos=rig.cos.to(rig.device),
+            sin=rig.sin.to(rig.device), decision=FLAG_ALL, shift=0, zero_borrowed="none",
+        )  # fmt: skip
+    assert torch.equal(out, torch.zeros_like(out))
+    rig.check()
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_the_last_page_is_taken(spare: int) -> None:
+    """Three rows begin a page at once, where there are as many, or more."""
+    for backend in ("reference", "kernel"):
+        rig = Rig(backend, decision=FLAG_NONE, page_size=4, heads=(2, 1, 16), num_pages=12 + spare)
+        rig.prefill([(0, 4), (1, 4), (2, 4)])
+        rig.decode([2, -1, 0, 1])
+        rig.check()
+        assert rig.cache.starved_rows() == []
+        assert int(rig.cache.num_free) == spare
+
+
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
 def test_empty_batch(backend: str) -> None:
     rig = Rig(backend)
     none = torch.zeros(0, dtype=torch.int32, device=rig.device)

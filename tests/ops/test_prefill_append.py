@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from fastdms.ops import prefill_append
+from fastdms.ops.prefill_append import kernel
+from fastdms.ops.quantise import quantise
 from tests.ops.harness import (
     BACKENDS,
+    DEVICE,
     HEAD_SHAPES,
     KERNEL_DTYPES,
     REFERENCE_DTYPES,
@@ -74,8 +77,23 @@ def test_long_chunk_over_a_long_window() -> None:
             pair.prefill([(0, tokens)])
 
 
-def test_more_than_the_kernel_plans_in_one_turn() -> None:
-    """It takes 1,024 at a time: tokens of the chunk, and tokens that leave the window."""
+@pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF, FLAG_ALL], ids=["none", "half", "all"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_ragged_chunks_of_many_tiles_and_turns(
+    shift: int, decision: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel in the smallest pieces it can be cut into: two tiles a turn, two programs a tile."""
+    monkeypatch.setattr(kernel, "_tiles", lambda *_: (32, 64, 1, 16, 1))
+    with Pair(window=7, shift=shift, decision=decision, rows=4, page_size=4, max_tokens=170, num_pages=400) as pair:
+        for pieces in ([(0, 70), (1, 0), (3, 33), (2, 1)], [(2, 64), (0, 5), (1, 32)], [(3, 129), (1, 65), (0, 31)]):
+            pair.prefill(pieces, padding=1)
+
+
+@pytest.mark.parametrize("tiles", [None, (32, 128, 1, 32, 1)], ids=["own", "small"])
+def test_more_than_the_kernel_plans_in_one_turn(tiles: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 1,024 tokens that leave the window at a time, and of the chunk a turn."""
+    if tiles:
+        monkeypatch.setattr(kernel, "_tiles", lambda *_: tiles)
     tokens, window = 1040, 1030
     k, flags = torch.randn(2 * tokens, 1, 4), torch.rand(2 * tokens, 1) < 0.5
     caches = []
@@ -157,6 +175,52 @@ def test_starved_spans_stay_as_they_are(backend: str, reason: str) -> None:
     rig.prefill([(0, 5)])
     rig.cache.check_guards()
     assert rig.cache.starved_rows() == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spare", [0, 1, 6, 7, 40])
+def test_the_last_page_is_taken(backend: str, spare: int) -> None:
+    """Two chunks that need 12 pages of as many, some more, and about as many as any chunk of the length may take."""
+    rig = Rig(backend, decision=FLAG_NONE, page_size=4, rows=2, heads=(2, 1, 16), num_pages=12 + spare)
+    rig.prefill([(0, 4), (1, 5)])
+    rig.prefill([(0, 8), (1, 6)])
+    rig.check()
+    assert rig.cache.starved_rows() == []
+    assert int(rig.cache.num_free) == spare
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_fp8_pages_hold_what_quantise_makes(head_dim: int, dtype: torch.dtype) -> None:
+    """To the bit, for tokens of any magnitude, zeros of both signs and all-zero tokens."""
+    tokens, heads = 700, 2
+    generator = torch.Generator().manual_seed(head_dim)
+    values = torch.randn(2, tokens, heads, head_dim, generator=generator)
+    values *= 2.0 ** torch.randint(-12, 13, values.shape, generator=generator)
+    if dtype != torch.float16:
+        values *= 2.0 ** torch.randint(-110, 100, (2, tokens, heads, 1), generator=generator)
+    values[torch.rand(values.shape, generator=generator) < 0.1] = -0.0
+    values[:, 5] = 0.0
+    k, v = values.to(dtype)
+    cache = make_cache(
+        DEVICE, num_rows=1, num_kv_heads=heads, head_dim=head_dim, page_size=64, max_context=tokens, num_pages=30,
+        kv_dtype=torch.float8_e4m3fn,
+    )  # fmt: skip
+    prefill_append(
+        k.to(DEVICE), v.to(DEVICE), torch.zeros(tokens, heads, dtype=torch.bool, device=DEVICE), cache.layer(0),
+        positions=torch.arange(tokens, dtype=torch.int32, device=DEVICE),
+        rows=torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        chunk_indptr=torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE), shift=0,
+    )  # fmt: skip
+    for given, pages, scales in ((k, cache.k_pages, cache.k_scales), (v, cache.v_pages, cache.v_scales)):
+        for head in range(heads):
+            expected, scale = quantise(given[:, head].float(), torch.float8_e4m3fn)
+            held = span_pages(cache, 0, 0, head)
+            stored = pages.cpu().view(torch.uint8)[held].flatten(0, 1)[:tokens]
+            assert torch.equal(stored, expected.view(torch.uint8))
+            assert scale is not None
+            assert torch.equal(scales.cpu()[held].flatten()[:tokens], scale)
 
 
 def _chunk(rig: Rig, pieces: list[tuple[int, int, int]]) -> None:

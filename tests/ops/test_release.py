@@ -65,6 +65,27 @@ def test_releasing_an_empty_row_does_nothing(backend: str) -> None:
     assert int(again.num_free) == once.config.num_pages
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("held", [256, 257, 600])
+def test_a_span_of_many_pages(backend: str, held: int) -> None:
+    """The kernel moves 256 at a time."""
+    before = make_cache(num_rows=1, num_kv_heads=1, page_size=1, max_context=600, num_pages=700)
+    pages = before.free_pages[-held:].clone()
+    before.page_table[0, 0, 0, :held] = pages
+    before.live_len.fill_(held)
+    before.num_free -= held
+    before.free_pages[-held:] = -1
+    with on(backend) as device:
+        here = before.copy_to(device)
+        release(
+            torch.zeros(1, dtype=torch.int32, device=device), page_table=here.page_table, live_len=here.live_len,
+            free_pages=here.free_pages, num_free=here.num_free, starved=here.starved, page_size=1,
+        )  # fmt: skip
+    here.check_guards()
+    assert int(here.num_free) == 700
+    assert torch.equal(here.free_pages[-held:].cpu(), pages)
+
+
 def test_bad_input_is_named() -> None:
     cache = _filled()
     rows = torch.zeros(1, dtype=torch.int32)
