@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 
 from fastdms.ops import prefill_attention
+from fastdms.ops.chunk import window_flags
 from tests.ops.harness import BACKENDS, DEVICE, HEAD_SHAPES, KERNEL_DTYPES, on
 from tests.ops.pair import Pair, check_results
 from tests.ops.rig import FLAG_ALL, FLAG_HALF, FLAG_NONE, Rig
+from tests.tolerance import assert_logits_close
 
 _FLAGS = pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF, FLAG_ALL], ids=["none", "half", "all"])
 
@@ -117,6 +122,84 @@ def test_a_starved_row_reads_nothing_outside(backend: str) -> None:
     assert outputs[1].isfinite().all()
     assert torch.equal(rig.cache.ring, state.ring)
     rig.cache.check_guards()
+
+
+_TILES = [(16, 16, 4, 1, False), (32, 16, 4, 2, True), (16, 32, 4, 2, False)]
+
+
+def _kernel_module() -> Any:
+    return importlib.import_module("fastdms.ops.prefill_attention.kernel")  # the package exports the op by this name
+
+
+@pytest.mark.parametrize("tile", _TILES, ids=str)
+@pytest.mark.parametrize(("window", "shift"), [(15, 0), (16, 1), (30, 0)])
+@_FLAGS
+def test_any_tile(
+    monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int, int, int, bool], window: int, shift: int,
+    decision: tuple[float, float],
+) -> None:  # fmt: skip
+    """Windows, chunks and kept keys that end around a tile's end; history, ring and chunk in each call."""
+    kernel = _kernel_module()
+    monkeypatch.setattr(kernel, "attend_tile", lambda *_: kernel.Tile(*tile))
+    with Pair(window=window, shift=shift, decision=decision, heads=(1, 2, 16), rows=2, max_tokens=120) as pair:
+        for pieces in ([(0, 33)], [(0, 16), (1, 47)], [(1, 17), (0, 31)]):
+            pair.prefill(pieces)
+
+
+@pytest.mark.parametrize(("group", "rows", "window"), [(1, 16, 5), (3, 16, 5), (7, 16, 5), (7, 128, 40)])
+def test_a_group_that_leaves_rows_of_the_tile_empty(
+    monkeypatch: pytest.MonkeyPatch, group: int, rows: int, window: int
+) -> None:
+    """In the last case 17 keys are out of some query's window, one more than a tile has."""
+    kernel = _kernel_module()
+    monkeypatch.setattr(kernel, "attend_tile", lambda *_: kernel.Tile(rows, 16, 4, 1))
+    with Pair(window=window, heads=(2, group, 16), rows=1, max_tokens=120) as pair:
+        for tokens in (100 if window > 20 else 21, 18):
+            pair.prefill([(0, tokens)], padding=19)
+
+
+def test_holes_are_filled_from_the_tail() -> None:
+    """Slots of flagged tokens in the window lie among those that stay and after them."""
+    with Pair(window=20, heads=(2, 1, 16), rows=2, max_tokens=140, shift=1) as pair:
+        for pieces in ([(0, 50), (1, 3)], [(0, 30), (1, 20)], [(0, 9), (1, 40)], [(0, 17), (1, 2)]):
+            rig, holes, last = pair.reference, 0, 0
+            for row, _ in pieces if rig.length(0) else []:
+                for head in range(2):
+                    live, ring = int(rig.cache.live_len[0, row, head]), rig.cache.ring[0, row, head]
+                    flags = window_flags(ring, torch.zeros(1, dtype=torch.bool), rig.length(row), 0)
+                    late = flags[1][flags[2]]
+                    holes += int((late < live - late.numel()).sum())
+                    last += int((late >= live - late.numel()).sum())
+            assert rig.length(0) < 60 or (holes > 5 and last > 5)
+            pair.prefill(pieces)
+
+
+@pytest.mark.parametrize("name", ["_WORKSPACE_BYTES", "_PACK_PROGRAMS", "_TILE", "_RING_TILE"])
+def test_work_in_many_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Rows in turns, several tiles for each packing program, several tiles of a chunk and of a ring."""
+    monkeypatch.setattr(_kernel_module(), name, {"_TILE": 4, "_RING_TILE": 4}.get(name, 1))
+    with Pair(window=11, heads=(2, 2, 16), rows=3, max_tokens=120) as pair:
+        pair.prefill([(2, 40), (1, 75)], padding=3)
+        pair.prefill([(0, 20), (1, 9), (2, 33)], padding=1)
+        pair.prefill([(2, 1), (0, 0), (1, 12)])
+
+
+def test_full_spans_fill_the_workspace() -> None:
+    """Nothing flagged, every slot of every page taken: the packed part is as long as it can be."""
+    with Pair(decision=FLAG_NONE, heads=(2, 1, 16), rows=2, max_tokens=32, num_pages=8, window=2) as pair:
+        pair.prefill([(0, 31), (1, 16)])
+        pair.prefill([(1, 16), (0, 1)])
+
+
+def test_any_scale() -> None:
+    for scale in (-1.0, 0.0, 1e-30, 2.0):
+        outputs = []
+        for backend in BACKENDS:
+            rig = Rig(backend, rows=1, window=3)
+            rig.prefill([(0, 20)])
+            rig.sm_scale = scale
+            outputs.append(rig.prefill([(0, 20)]).out)
+        assert_logits_close(outputs[1], outputs[0])
 
 
 def test_bad_input_is_named() -> None:
