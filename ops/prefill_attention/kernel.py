@@ -25,16 +25,13 @@ _WORKSPACE_BYTES = 2**30  # a call whose rows could need more takes them in turn
 
 
 class Tile(NamedTuple):
-    """rows: queries times grouped heads; keys; tma: whether whole tiles of packed keys come by tensor descriptor.
-    max_registers: of a thread; None leaves them to the compiler.
-    """
+    """rows: queries times grouped heads; keys; tma: whether whole tiles of packed keys come by tensor descriptor."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
     tma: bool = False
-    max_registers: int | None = None
 
 
 def attend_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -46,9 +43,9 @@ def attend_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
         rows = max(32, triton.next_power_of_2(group))
         return Tile(rows, 32, 4, 2) if head_dim <= 64 else Tile(rows, 16, 8, 1)
     if head_dim <= 64:
-        return Tile(128, 64, 4, 3)
+        return Tile(128, 64, 4, 3, tma=True)
     if head_dim <= 128:
-        return Tile(128, 64, 8, 3)
+        return Tile(128, 64, 8, 3, tma=True)
     return Tile(128, 32, 8, 2)
 
 
@@ -135,5 +132,5 @@ def _attend_rows(
         q, k, v, chunk_indptr, plan, lists, kept_before, until, packed_k, packed_v, *described, out,
         *element_strides(q, k, v), num_chunks, tokens, sm_scale * _LOG2_E,
         G=group, D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys, TMA=tma,
-        **shared, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
+        **shared, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
