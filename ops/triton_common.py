@@ -55,8 +55,8 @@ def divide_by_scale(x, scale):
     divisor = tl.minimum(scale.to(tl.float32), _LARGEST_BF16)  # an infinite token leaves its finite channels finite
     inverse = tl.div_rn(1.0, divisor)
     quotient = x * inverse
-    quotient = tl.fma(-tl.fma(quotient, divisor, -x), inverse, quotient)  # so signed, a zero keeps its sign
-    return tl.clamp(quotient, -_FP8_MAX, _FP8_MAX)
+    quotient = tl.fma(-tl.fma(quotient, divisor, -x), inverse, quotient)
+    return tl.clamp(tl.where(x == 0.0, x, quotient), -_FP8_MAX, _FP8_MAX)  # a zero keeps its sign
 
 
 @triton.jit

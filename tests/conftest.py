@@ -14,7 +14,12 @@ import torch
 
 from tests.poison import poisoned_empty
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    import torch._inductor.config
+
+    # Else each of many workers that compile starts a pool of as many processes as there are cores.
+    torch._inductor.config.compile_threads = 1
+else:
     # Triton reads this when a kernel is defined, so it has to be set before anything imports one.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could ask for its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"

@@ -140,7 +140,8 @@ def _decode_append_kernel(
     reuse = (position > WINDOW) & (flagged == 1)
     slot = tl.where(reuse, leaving >> 1, live)
     p_page = page_table_ptr + span * max_pages + slot // PAGE
-    page = tl.load(p_page, mask=slot // PAGE < max_pages, other=-1)
+    active = (position >= 0) & (starved == 0)  # what the ring of a starved row says is void
+    page = tl.load(p_page, mask=active & (slot // PAGE < max_pages), other=-1)
 
     if not DECIDE_FIRST:
         decision = _decide(
@@ -182,7 +183,6 @@ def _decode_append_kernel(
     PAGES: tl.constexpr = k_pages_ptr.dtype.element_ty
     k_first, k_second, v_first, v_second = k_first.to(PAGES), k_second.to(PAGES), v_first.to(PAGES), v_second.to(PAGES)
 
-    active = (position >= 0) & (starved == 0)
     if active & (slot % PAGE == 0) & (reuse == 0) & (slot // PAGE < max_pages):
         index = pop_pages(num_free_ptr, free, 1, tl.num_programs(0) * HKV)
         page = tl.load(free_pages_ptr + index, mask=index >= 0, other=-1)

@@ -181,6 +181,21 @@ def test_starved_rows_stay_as_they_are(backend: str, reason: str) -> None:
     assert rig.cache.starved_rows() == []
 
 
+@pytest.mark.parametrize("backend", ["reference", "kernel"])
+@pytest.mark.parametrize("entry", [-(2**31) + 1, -1, 2**31 - 1])
+def test_a_starved_row_reads_nothing_outside(backend: str, entry: int) -> None:
+    """Its ring is void: there may be anything in it, flagged or not."""
+    rig = Rig(backend, window=3, rows=2, page_size=4, heads=(2, 1, 16))
+    rig.prefill([(0, 6), (1, 5)])
+    rig.cache.starved[0] = 1
+    rig.cache.ring[0, 0] = entry
+    state = rig.cache.copy_to(rig.device)
+    _append_raw(rig, row=0, position=9)
+    for name in ("ring", "live_len", "page_table", "num_free", "starved"):
+        assert torch.equal(getattr(rig.cache, name), getattr(state, name)), name
+    rig.cache.check_guards()
+
+
 def _append_raw(rig: Rig, row: int, position: int) -> None:
     ones = {heads: torch.ones(1, heads, 16, device=rig.device) for heads in (1, 2)}
     position = min(position, rig.cos.shape[0] - 1)
