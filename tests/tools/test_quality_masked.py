@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastdms.tools.quality import masked as module
 from fastdms.tools.quality.masked import MaskedModel, measure_masked, relative_differences
 from fastdms.tools.quality.measure import measure, open_subject
 from fastdms.tools.quality.settings import Settings
+from fastdms.tools.reference_model import load_reference
 from tests import oracle
 from tests.models import DMS_LAYOUTS, Layout, adapter_weights, dms_config, tiny_model, tiny_tokens
 from tests.tolerance import LOGITS_RELATIVE, QUALITY_RELATIVE, assert_logits_close
@@ -69,14 +69,13 @@ def test_a_model_that_has_run_is_freed(layout: Layout, tmp_path: Path) -> None:
 
 def test_nothing_of_the_model_is_left_when_the_engines_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    load = module._load
 
-    def watched(folder: Path) -> Any:
-        model = load(folder)
+    def watched(*given: Any) -> Any:
+        model = load_reference(*given)
         alive.extend(weakref.ref(parameter) for parameter in model.parameters())
         return model
 
-    monkeypatch.setattr(module, "_load", watched)
+    monkeypatch.setattr("fastdms.tools.quality.masked.load_reference", watched)
     settings = Settings(context=30, prompt_tokens=20, sequences=1, device="cpu")
     measure_masked(open_subject(sparse_checkpoint(tmp_path, "adapter"), [wikitext()], settings))
     assert alive

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
 
 from fastdms.config import DMSConfig
 from fastdms.progress import progress
 from fastdms.tools.quality.measure import Subject
 from fastdms.tools.quality.metrics import Steps, compare, summarise
+from fastdms.tools.reference_model import load_reference
 
 __all__ = ["MaskedModel", "measure_masked", "relative_differences"]
 
@@ -94,7 +93,7 @@ class MaskedModel:
 
     def __init__(self, folder: Path, dms: DMSConfig, device: torch.device) -> None:
         self._dms = dms
-        self._model = _load(folder).to(device)
+        self._model = load_reference(folder, torch.float32, device)
         self._layers: list[Any] = list(self._model.model.layers)
         config = self._model.config
         self._heads = (int(config.num_key_value_heads), config.num_attention_heads // config.num_key_value_heads)
@@ -172,22 +171,6 @@ class MaskedModel:
         age = position[:, None] - position
         visible = (age >= 0) & ((age <= self._dms.window_tokens) | ~flagged[:, None, :])
         return visible.repeat_interleave(self._heads[1], dim=0)[None]
-
-
-def _load(folder: Path) -> Any:
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # it would report the adapter's tensors, which it does not know
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
-        ).eval()
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"transformers can't load {folder}: {error}") from error
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _read_adapter(folder: Path, device: torch.device) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from fastdms.bundled_model import default_model
 from fastdms.checkpoint import Checkpoint, open_checkpoint
 from fastdms.checkpoint.json_file import read_json_object
+from fastdms.tools.reference_model import load_reference
 from fastdms.tools.retrofit.settings import RetrofitSettings
 
 __all__ = ["folder_of", "load_base", "open_base"]
@@ -50,24 +51,7 @@ def folder_of(checkpoint: Checkpoint) -> Path:
 
 def load_base(checkpoint: Checkpoint, settings: RetrofitSettings, device: torch.device) -> Any:
     """The transformers model, on ``device``. Raises ValueError where it can't be loaded or has no room."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     dtype = torch.float32  # weights that are trained need fp32 masters
     if settings.layout == "adapter" and device.type == "cuda" and checkpoint.config.weight_dtype != torch.float32:
         dtype = torch.bfloat16  # also for fp16, in which gradients would need scaling
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder_of(checkpoint), dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        )
-        return model.to(device)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ValueError(f"no memory on {device} for the weights of {checkpoint.name}") from error
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"transformers can't load {checkpoint.name}: {reason}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return load_reference(folder_of(checkpoint), dtype, device)
