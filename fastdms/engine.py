@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from fastdms.request import Request
-from fastdms.runner import ModelRunner, PrefillPiece, fill_chunk
+from fastdms.runner import NOT_FINITE, STARVED, ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["Engine"]
 
@@ -155,31 +155,31 @@ class Engine:
         if ready:
             rows = torch.stack([row for _, row in ready])
             tokens = self.runner.sample(rows, [request.row_input() for request, _ in ready])
-            self._accept([request for request, _ in ready], tokens, rows)
+            for (request, row), token in zip(ready, tokens.tolist(), strict=True):
+                self._accept(request, token, row)
 
     def _decode(self, requests: Sequence[Request]) -> None:
-        tokens, logits = self.runner.decode([request.row_input() for request in requests])
-        starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
-        for request in requests:
-            if request.row in starved:
+        next_tokens, logits = self.runner.decode([request.row_input() for request in requests])
+        tokens, alone = next_tokens.tolist(), len(self._running) == 1
+        for request, token in zip(requests, tokens, strict=True):
+            if token == STARVED:
                 self._starve(request, alone, lost_tokens=1)
             else:
                 request.computed += 1
-        kept = [index for index, request in enumerate(requests) if request.row is not None]
-        self._accept([requests[index] for index in kept], tokens[kept], logits[kept])
+        for request, token, row in zip(requests, tokens, logits, strict=True):
+            if token != STARVED:
+                self._accept(request, token, row)
 
-    def _accept(self, requests: Sequence[Request], tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        finite = logits.amax(-1).isfinite().tolist()  # amax hands NaN on
-        for request, token, row, is_finite in zip(requests, tokens.tolist(), logits, finite, strict=True):
-            if is_finite:
-                request.accept(token, row)
-            else:
-                request.error = ValueError(
-                    f"the model's logits are not finite after {request.computed} tokens: its weights, or its dtype "
-                    f"{self.runner.decoder.embed.dtype}, can't carry this prompt"
-                )
-            if request.finished:
-                self._leave(request)
+    def _accept(self, request: Request, token: int, logits: torch.Tensor) -> None:
+        if token == NOT_FINITE:
+            request.error = ValueError(
+                f"the model's logits are not finite after {request.computed} tokens: its weights, or its dtype "
+                f"{self.runner.decoder.embed.dtype}, can't carry this prompt"
+            )
+        else:
+            request.accept(token, logits)
+        if request.finished:
+            self._leave(request)
 
     def _starve(self, request: Request, alone: bool, lost_tokens: int) -> None:
         """No page was left for this row: wait for others to finish, or end if there are none."""

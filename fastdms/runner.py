@@ -22,7 +22,11 @@ from fastdms.graphs import (
 )
 from fastdms.ops import sample
 
-__all__ = ["ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
+__all__ = ["NOT_FINITE", "STARVED", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
+
+# In place of a sampled token.
+STARVED = -1  # the row found no page in this step or an earlier one
+NOT_FINITE = -2  # its logits are not finite
 
 
 @contextmanager
@@ -76,7 +80,8 @@ class ModelRunner:
 
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
-            return _sample(logits, inputs), logits
+            starved = cache.starved.index_select(0, inputs.rows) != 0
+            return torch.where(starved, STARVED, _sample(logits, inputs)), logits
 
         with inference(self.device):
             self.graphs = GraphCache(
@@ -108,12 +113,15 @@ class ModelRunner:
             return self.decoder.prefill(chunk, self.cache)
 
     def decode(self, inputs: Sequence[RowInput]) -> StepOutput:
-        """One token for each of ``inputs``: sampled next tokens ``[n]`` and logits ``[n, V]``, valid until the next."""
+        """One token for each of ``inputs``: next tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next.
+
+        A next token is ``STARVED`` or ``NOT_FINITE`` where there is none.
+        """
         with inference(self.device):
             return self.graphs.run(inputs)
 
     def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
-        """Next tokens ``[n]`` int64 from logits ``[n, V]`` that a prefill gave."""
+        """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave."""
         with inference(self.device):
             buffers = make_buffers(len(inputs), self.device)
             buffers.fill(inputs)
@@ -147,7 +155,7 @@ def _state(decoder: Decoder, cache: CompactCache) -> dict[str, torch.Tensor]:
 
 
 def _sample(logits: torch.Tensor, inputs: StepBuffers) -> torch.Tensor:
-    return sample(
+    tokens = sample(
         logits,
         temperature=inputs.temperature,
         top_k=inputs.top_k,
@@ -158,3 +166,4 @@ def _sample(logits: torch.Tensor, inputs: StepBuffers) -> torch.Tensor:
         banned_ids=inputs.banned_ids,
         banned_until=inputs.banned_until,
     )
+    return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)  # amax hands NaN on

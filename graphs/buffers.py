@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["MAX_BANNED", "RowInput", "StepBuffers", "make_buffers"]
+__all__ = ["MAX_BANNED", "Columns", "RowInput", "StepBuffers", "make_buffers"]
 
 MAX_BANNED = 32
+
+Columns = tuple[list[Any], ...]  # of the buffers, one list of entries each
 
 
 class RowInput(NamedTuple):
@@ -45,12 +47,16 @@ class StepBuffers(NamedTuple):
         """Views of the first ``num_entries`` entries."""
         return StepBuffers(*(tensor[:num_entries] for tensor in self))
 
-    def fill(self, inputs: Sequence[RowInput]) -> None:
-        """Write ``inputs`` and mark the entries after them as padding (position -1)."""
+    def fill(self, inputs: Sequence[RowInput], held: Columns | None = None) -> Columns:
+        """Write ``inputs`` and mark the entries after them as padding (position -1); returns what they then hold.
+
+        held: what the last ``fill`` of these entries returned, if nothing has been written to them since: then only
+        what differs is, which in a batch that goes on is tokens and positions.
+        """
         padding = [RowInput(row=0, token=0, position=-1)] * (self.tokens.shape[0] - len(inputs))
         entries = [*inputs, *padding]
         banned = [[*entry.banned_ids, *[-1] * (MAX_BANNED - len(entry.banned_ids))] for entry in entries]
-        columns = (
+        columns: Columns = (
             [entry.token for entry in entries],
             [entry.position for entry in entries],
             [entry.row for entry in entries],
@@ -62,8 +68,10 @@ class StepBuffers(NamedTuple):
             banned,
             [entry.banned_until for entry in entries],
         )
-        for tensor, column in zip(self, columns, strict=True):
-            tensor.copy_(torch.tensor(column, dtype=tensor.dtype), non_blocking=True)
+        for tensor, column, before in zip(self, columns, held or [None] * len(columns), strict=True):
+            if column != before:
+                tensor.copy_(torch.tensor(column, dtype=tensor.dtype), non_blocking=True)
+        return columns
 
 
 def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:

@@ -12,7 +12,7 @@ import torch
 
 from fastdms.graphs.artifacts import Artifacts
 from fastdms.graphs.bucket import choose_bucket
-from fastdms.graphs.buffers import RowInput, StepBuffers, make_buffers
+from fastdms.graphs.buffers import Columns, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.capture import GraphRecorder, Recorder
 from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step
 from fastdms.graphs.key import GraphKey, machine_key, step_inputs
@@ -109,6 +109,9 @@ class GraphCache:
         self._entries: dict[GraphKey, _Entry] = {}  # least recently used first
         self._hits = self._misses = self._evictions = self._pool_bytes = 0
         self._compiles_at_start: int | None = None
+        self._held: tuple[_Bucket, Columns] | None = (
+            None  # what the buffers, which all buckets share, were last filled with
+        )
 
     def warm_up(self) -> None:
         """Make every bucket's entry, largest first, so that the smaller graphs find room in its pool."""
@@ -129,7 +132,7 @@ class GraphCache:
             self._entries[bucket.key] = entry
         if self._debug:
             self._check_addresses(bucket, entry)
-        bucket.inputs.fill(inputs)
+        self._fill(bucket, inputs)
         tokens, logits = entry.run()
         bucket.runs += 1
         bucket.padded_rows += tokens.shape[0] - len(inputs)
@@ -174,9 +177,14 @@ class GraphCache:
             bucket.code = None
         self._step, self._state, self._recorder = None, dict, None
 
+    def _fill(self, bucket: _Bucket, inputs: Sequence[RowInput]) -> None:
+        held = self._held[1] if self._held is not None and self._held[0] is bucket else None
+        self._held = None  # should filling break off
+        self._held = bucket, bucket.inputs.fill(inputs, held)
+
     def _make_entry(self, bucket: _Bucket) -> _Entry:
         started = time.perf_counter()
-        bucket.inputs.fill([])  # what runs for warming up must not touch a live row
+        self._fill(bucket, [])  # what runs for warming up must not touch a live row
         if bucket.code is None:
             bucket.code = self._make_code(bucket.inputs)
         if self._mode == "graphs":

@@ -71,6 +71,19 @@ def test_fill_writes_every_field_and_pads_the_rest() -> None:
     assert [tensor.data_ptr() for tensor in buffers] == addresses, "a captured graph would read the old place"
 
 
+def test_only_what_differs_from_what_is_held_is_written() -> None:
+    buffers = make_buffers(3, CPU)
+    held = buffers.fill([entry(1), entry(2)])
+    for tensor in buffers:
+        tensor.fill_(99)
+    moved = [entry(1)._replace(token=7, position=8), entry(2)._replace(seed=6)]
+    held = buffers.fill(moved, held)
+    changed = {name for name, tensor in buffers._asdict().items() if not (tensor == 99).all()}
+    assert changed == {"tokens", "positions", "seeds"}
+    assert (buffers.tokens.tolist(), buffers.positions.tolist()) == ([7, 12, 0], [8, 22, -1])
+    assert buffers.fill(moved) == held
+
+
 def test_a_buckets_buffers_are_views() -> None:
     buffers = make_buffers(4, CPU)
     first = buffers.first(2)

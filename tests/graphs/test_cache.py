@@ -21,6 +21,7 @@ from fastdms.graphs import GraphCache, RowInput, StepBuffers
 from fastdms.ops import decode_append, decode_attention
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
+from tests.graphs.toys import rows
 from tests.models import HEAD_DIM, VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
 from tests.running import compiled, engine_of, many, one
 from tests.tolerance import assert_logits_close
@@ -50,6 +51,17 @@ class Toy:
         self.batches.append(inputs.tokens.shape[0])
         assert inputs.positions.shape == inputs.tokens.shape
         return inputs.tokens + inputs.positions, inputs.seeds[:, None].float()
+
+
+def test_every_run_sees_its_own_inputs() -> None:
+    """The buckets share their buffers, and only what differs is written to them."""
+    graphs = GraphCache(lambda inputs: (inputs.tokens.clone(), inputs.positions[:, None].clone()), mode="eager",
+                        buckets=(1, 2, 4), device=torch.device("cpu"))  # fmt: skip
+    graphs.warm_up()
+    for count, token in ((1, 5), (1, 5), (2, 5), (1, 5), (4, 5), (4, 6), (3, 6), (4, 6), (2, 6), (2, 6)):
+        tokens, positions = graphs.run(rows(count, token=token))
+        assert tokens.tolist() == [token + n for n in range(count)]
+        assert positions.flatten().tolist() == list(range(count))
 
 
 def test_a_step_runs_in_the_smallest_bucket() -> None:
