@@ -55,7 +55,9 @@ def _parts(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, int]:
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        view = node.target is operator.getitem and node.args[0].op == "placeholder"
+        view = (
+            node.target is operator.getitem and node.args[0].op == "placeholder" and isinstance(node.args[1], int)
+        )  # by a tensor it would be a copy, of what the ops have yet to write
         parts[node] = _VIEWS if view else part
         part += _attends(node)
     return parts

@@ -92,10 +92,10 @@ def _decode_append_kernel(
     p_q = q_ptr + i_b * stride_q_token + (i_h * G + o_g).to(tl.int64)[:, None] * stride_q_head + o_half[None, :]
     q_first = tl.load(p_q, mask=m_q, other=0.0)  # [BLOCK_G, BLOCK_HALF]
     q_second = tl.load(p_q + HALF, mask=m_q, other=0.0)
-    p_k = k_ptr + i_b * stride_k_token + i_h * stride_k_head + o_half
+    p_k = k_ptr + i_b * stride_k_token + i_h.to(tl.int64) * stride_k_head + o_half
     k_first = tl.load(p_k, mask=m_half, other=0.0)
     k_second = tl.load(p_k + HALF, mask=m_half, other=0.0)
-    p_v = v_ptr + i_b * stride_v_token + i_h * stride_v_head + o_half
+    p_v = v_ptr + i_b * stride_v_token + i_h.to(tl.int64) * stride_v_head + o_half
     v_first = tl.load(p_v, mask=m_half, other=0.0)
     v_second = tl.load(p_v + HALF, mask=m_half, other=0.0)
     q_norm_first, q_norm_second, lead_first = 0.0, 0.0, 0.0
@@ -107,7 +107,7 @@ def _decode_append_kernel(
     # The decision's head once more, as prefill_rope has it: both sum its norm in the same order.
     p_lead = q_ptr + i_b * stride_q_token + (i_h * G).to(tl.int64) * stride_q_head
     if HAS_ALPHA:
-        lead_second = tl.load(alpha_ptr + i_b * stride_alpha_token + i_h * stride_alpha_head)
+        lead_second = tl.load(alpha_ptr + i_b * stride_alpha_token + i_h.to(tl.int64) * stride_alpha_head)
     elif HAS_NORM:
         lead_first = tl.load(p_lead + o_half, mask=m_half, other=0.0)
         lead_second = tl.load(p_lead + HALF + o_half, mask=m_half, other=0.0)

@@ -58,7 +58,7 @@ def _slots(table_ptr, first, live, o_n, PAGE: tl.constexpr, BLOCK_N: tl.constexp
     if PAGE % BLOCK_N == 0:
         page = tl.load(table_ptr + first // PAGE, mask=first < live, other=0).to(tl.int64)
         return page * PAGE + first % PAGE + o_n
-    elif BLOCK_N % PAGE == 0:
+    elif BLOCK_N % PAGE == 0 and BLOCK_N // PAGE <= 8:  # unrolled
         slots = (o_n % PAGE).to(tl.int64)
         for i in tl.static_range(BLOCK_N // PAGE):
             page = tl.load(table_ptr + first // PAGE + i, mask=first + i * PAGE < live, other=0).to(tl.int64)
@@ -211,15 +211,17 @@ def _decode_attention_kernel(
         stop = tl.minimum(span_end, end)
         i_b = span // HKV
         i_h = span % HKV
-        stored_span = tl.load(rows_ptr + i_b).to(tl.int64) * HKV + i_h
+        stored_span = tl.maximum(tl.load(rows_ptr + i_b), 0).to(tl.int64) * HKV + i_h
         live = tl.load(live_len_ptr + stored_span)
         table = page_table_ptr + stored_span * max_pages
-        p_q = q_ptr + i_b.to(tl.int64) * stride_q_token + (i_h * G + o_g[:, None]) * stride_q_head + o_d[None, :]
+        head = (i_h * G + o_g[:, None]).to(tl.int64)
+        p_q = q_ptr + i_b.to(tl.int64) * stride_q_token + head * stride_q_head + o_d[None, :]
         b_q = tl.load(p_q, mask=m_head, other=0.0).to(tl.float32)  # [BLOCK_G, BLOCK_D]
         scale = scale_log2
         if HAS_SCALES:  # fp8 becomes fp16, which can't hold every bf16 query
             largest = tl.max(tl.max(tl.abs(b_q), 1), 0)
-            power = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0))))
+            exponent = tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0)))
+            power = tl.exp2(tl.clamp(exponent, -126.0, 126.0))  # neither it nor its inverse leaves fp32
             b_q /= power
             scale *= power
         b_q = b_q.to(DOT)

@@ -192,8 +192,9 @@ def _fill_kernel(
             o_d = tl.arange(0, BLOCK_D)
             m_x = m_m[:, None] & (o_d < D)[None, :]
             token = (begin + offset).to(tl.int64)[:, None]
-            b_k = tl.load(k_ptr + i_h * stride_k_head + token * stride_k_token + o_d[None, :], mask=m_x, other=0.0)
-            b_v = tl.load(v_ptr + i_h * stride_v_head + token * stride_v_token + o_d[None, :], mask=m_x, other=0.0)
+            head = i_h.to(tl.int64)
+            b_k = tl.load(k_ptr + head * stride_k_head + token * stride_k_token + o_d[None, :], mask=m_x, other=0.0)
+            b_v = tl.load(v_ptr + head * stride_v_head + token * stride_v_token + o_d[None, :], mask=m_x, other=0.0)
             m_ring = m_m & (offset >= end - begin - 1 - WINDOW)
             m_flag = m_ring & (offset + SHIFT < end - begin)
             flagged = tl.load(decisions + (offset + SHIFT).to(tl.int64) * HKV, mask=m_flag, other=0) != 0

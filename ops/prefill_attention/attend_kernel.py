@@ -95,7 +95,7 @@ def _attend_kernel(
     if i_b == num_chunks:
         tl.store(p_out, tl.zeros([BLOCK_R, BLOCK_D], out_ptr.dtype.element_ty), mask=m_q)
     else:
-        p_q = q_ptr + token[:, None] * stride_q_token + head[:, None] * stride_q_head + o_d[None, :]
+        p_q = q_ptr + token[:, None] * stride_q_token + head.to(tl.int64)[:, None] * stride_q_head + o_d[None, :]
         b_q = tl.load(p_q, mask=m_q, other=0.0).to(packed_k_ptr.dtype.element_ty)  # [BLOCK_R, BLOCK_D]
         b_max = tl.full([BLOCK_R], -1.0e30, tl.float32)
         b_sum = tl.zeros([BLOCK_R], tl.float32)
@@ -109,8 +109,8 @@ def _attend_kernel(
         num_packed = num_old + tl.load(kept_before_ptr + i_h.to(tl.int64) * tokens + begin + band)
         p_packed_k = packed_k_ptr + base.to(tl.int64) * D
         p_packed_v = packed_v_ptr + base.to(tl.int64) * D
-        p_chunk_k = k_ptr + begin.to(tl.int64) * stride_k_token + i_h * stride_k_head
-        p_chunk_v = v_ptr + begin.to(tl.int64) * stride_v_token + i_h * stride_v_head
+        p_chunk_k = k_ptr + begin.to(tl.int64) * stride_k_token + i_h.to(tl.int64) * stride_k_head
+        p_chunk_v = v_ptr + begin.to(tl.int64) * stride_v_token + i_h.to(tl.int64) * stride_v_head
 
         # Tiles of the band: first those with keys that are out of some query's window, then those that every query
         # sees, last those with keys that come after some query.

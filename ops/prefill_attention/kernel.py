@@ -72,8 +72,10 @@ def prefill_attention(
     if tokens == 0 or num_chunks == 0:
         return q.new_zeros(q.shape)
     out = q.new_empty(q.shape)
-    if sm_scale <= 0:  # the kernel masks and takes maxima before it scales
-        q, sm_scale = (-q, -sm_scale) if sm_scale < 0 else (torch.zeros_like(q), 1.0)
+    if abs(sm_scale) < torch.finfo(torch.float32).tiny:  # the kernel masks and takes maxima before it scales
+        q, sm_scale = torch.zeros_like(q), 1.0
+    elif sm_scale < 0:
+        q, sm_scale = -q, -sm_scale
     dtype = torch.float32 if dot_dtype(q.dtype, k_pages.dtype) == tl.float32 else q.dtype
     k, v, flags = k.to(dtype), v.to(dtype), decisions.contiguous().view(torch.int8)
     # The lengths are the device's to know, so make room for the longest: as many rows of the cache at a time as fit.

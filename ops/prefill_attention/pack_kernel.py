@@ -204,8 +204,9 @@ def _pack_kernel(
             # A kept token of the chunk's last W is in the window of every block after it.
             m = ((kept == 1) & (o_t + WINDOW < end))[:, None] & m_d
             token = o_t.to(tl.int64)[:, None]
-            b_k = tl.load(k_ptr + token * stride_k_token + i_h * stride_k_head + o_d[None, :], mask=m)
-            b_v = tl.load(v_ptr + token * stride_v_token + i_h * stride_v_head + o_d[None, :], mask=m)
+            head = i_h.to(tl.int64)
+            b_k = tl.load(k_ptr + token * stride_k_token + head * stride_k_head + o_d[None, :], mask=m)
+            b_v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + o_d[None, :], mask=m)
             tl.store(packed_k_ptr + row[:, None] * D + o_d[None, :], b_k.to(packed_k_ptr.dtype.element_ty), mask=m)
             tl.store(packed_v_ptr + row[:, None] * D + o_d[None, :], b_v.to(packed_v_ptr.dtype.element_ty), mask=m)
     else:

@@ -10,7 +10,7 @@ import torch
 
 from fastdms import DMSConfig, SamplingParams
 from fastdms.graphs import compiler
-from fastdms.graphs.pieces import compile_pieces
+from fastdms.graphs.pieces import _signature, compile_pieces
 from tests.models import tiny_model, tiny_tokens
 from tests.running import compiled, one
 from tests.tolerance import assert_logits_close
@@ -53,6 +53,23 @@ def test_equal_layers_are_compiled_once(layers: int, family: str, compilations: 
         assert pieces.kv_report().live_tokens.tolist() == eager.kv_report().live_tokens.tolist()
         params = SamplingParams(temperature=0.0, max_tokens=20)
         assert one(pieces(ids[:20], params)).token_ids == one(eager(ids[:20], params)).token_ids
+
+
+def _described(factor: float, example: torch.Tensor) -> object:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * factor
+
+    graph = torch.fx.symbolic_trace(scaled)
+    next(iter(graph.graph.nodes)).meta["example_value"] = example
+    return _signature(graph)
+
+
+def test_pieces_that_differ_in_anything_are_apart() -> None:
+    square = torch.zeros(4, 4)
+    assert _described(2.0, square) == _described(2.0, torch.ones(4, 4))
+    others = [square[:3], square[:, :3], square.T[:, :3], square.double(), square.to("meta")]
+    described = [_described(3.0, square), *(_described(2.0, other) for other in others)]
+    assert len({_described(2.0, square), *described}) == 1 + len(described)
 
 
 def test_a_graph_without_attention_stays_whole() -> None:

@@ -189,6 +189,17 @@ def test_the_last_page_is_taken(backend: str, spare: int) -> None:
     assert int(rig.cache.num_free) == spare
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_page_goes_to_one_of_four(backend: str) -> None:
+    """Chunks of one token, for which each span opens a page: no page is taken that isn't there."""
+    rig = Rig(backend, decision=FLAG_NONE, page_size=4, rows=2, heads=(2, 1, 16), num_pages=5)
+    rig.prefill([(0, 4), (1, 4)])
+    _chunk(rig, [(0, 4, 1), (1, 4, 1)])
+    assert int(rig.cache.num_free) == 0
+    assert rig.cache.starved_rows() == [0, 1]
+    assert sorted(rig.cache.live_len.flatten().tolist()) == [4, 4, 4, 5]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("head_dim", [64, 80, 256])

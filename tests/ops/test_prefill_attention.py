@@ -192,7 +192,7 @@ def test_full_spans_fill_the_workspace() -> None:
 
 
 def test_any_scale() -> None:
-    for scale in (-1.0, 0.0, 1e-30, 2.0):
+    for scale in (-1.0, -1e-46, 0.0, 1e-46, 1e-30, 2.0):
         outputs = []
         for backend in BACKENDS:
             rig = Rig(backend, rows=1, window=3)
