@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,22 +12,11 @@ import triton.language as tl
 from fastdms.ops.quantise import FP8_MAX, SMALLEST_SCALE
 from fastdms.ops.rope_decide import ZERO_MODES
 
+LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E)
 ZERO_BOTH = tl.constexpr(ZERO_MODES.index("pre_and_post_rope"))
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 _LARGEST_BF16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
-
-
-@triton.jit
-def load_halves(x_ptr, weight_ptr, eps, o_half, m_half, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
-    """One head as its two halves in fp32, ``[BLOCK_HALF]`` each, RMS-normalised where there is a weight."""
-    first = tl.load(x_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
-    second = tl.load(x_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        w_first = tl.load(weight_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
-        w_second = tl.load(weight_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
-        first, second = rms_norm(first, second, w_first, w_second, eps, HALF)
-    return first, second
 
 
 @triton.jit
@@ -60,19 +51,6 @@ def divide_by_scale(x, scale):
 
 
 @triton.jit
-def store_rotated(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HALF: tl.constexpr, ZERO: tl.constexpr):
-    """RoPE of one query or key head and its store; ``borrowed``: its last channel is the decision's."""
-    last = o_half == HALF - 1
-    if ZERO > 0 and borrowed:
-        second = tl.where(last, 0.0, second)
-    out_second = second * cos + first * sin
-    if ZERO == ZERO_BOTH and borrowed:
-        out_second = tl.where(last, 0.0, out_second)
-    tl.store(out_ptr + o_half, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=m_half)
-    tl.store(out_ptr + HALF + o_half, out_second.to(out_ptr.dtype.element_ty), mask=m_half)
-
-
-@triton.jit
 def pop_pages(num_free_ptr, free, count, most):
     """Take ``count`` pages off the stack: their first index in ``free_pages``, or -1 if there are too few.
 
@@ -104,12 +82,6 @@ def dot_dtype(compute: torch.dtype, stored: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if compute == torch.bfloat16 else tl.float16
 
 
-def attention_tile(group: int, head_dim: int, dot: tl.dtype) -> tuple[int, int]:
-    """(queries times grouped heads, keys) of a prefill tile; small in fp32, which is unrolled into multiply-adds."""
-    rows, keys = (32, 32) if dot == tl.float32 else (64, 64 if head_dim <= 128 else 32)
-    return max(rows, triton.next_power_of_2(group)), keys
-
-
 @triton.jit
 def find_chunk(block, chunk_indptr_ptr, num_chunks, B: tl.constexpr, BLOCK_M: tl.constexpr):
     """Which row's chunk the ``block``-th block of BLOCK_M tokens lies in: ``(chunk, its block, begin, end)``.
@@ -126,16 +98,3 @@ def find_chunk(block, chunk_indptr_ptr, num_chunks, B: tl.constexpr, BLOCK_M: tl
     own = o_b == chunk
     before = tl.sum(tl.where(own, cumulative - blocks, 0), 0)
     return chunk, block - before, tl.sum(tl.where(own, begins, 0), 0), tl.sum(tl.where(own, ends, 0), 0)
-
-
-@triton.jit
-def flash_step(b_q, b_k, b_v, visible, b_max, b_sum, b_acc, scale_log2, DOT: tl.constexpr):
-    """One tile of the online softmax: q ``[R, D]``, k ``[D, N]``, v ``[N, D]``, visible ``[R, N]``."""
-    b_x = tl.dot(b_q, b_k.to(tl.float32).to(DOT), input_precision="ieee") * scale_log2
-    b_x = tl.where(visible, b_x, -1.0e30)
-    b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_old = tl.exp2(b_max - b_new)
-    b_w = tl.where(visible, tl.exp2(b_x - b_new[:, None]), 0.0)
-    b_sum = b_sum * b_old + tl.sum(b_w, 1)
-    b_acc = b_acc * b_old[:, None] + tl.dot(b_w.to(DOT), b_v.to(tl.float32).to(DOT), input_precision="ieee")
-    return b_new, b_sum, b_acc

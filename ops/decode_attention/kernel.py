@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.triton_common import dot_dtype
+from fastdms.ops.triton_common import LOG2_E, dot_dtype
 
-_LOG2_E = 1.4426950408889634
 _LOWEST = tl.constexpr(-1.0e30)
 
 
@@ -96,7 +95,7 @@ def _load_scales(
     BLOCK_N: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
-    """Scales of a tile's keys and of its values, ``[BLOCK_N]`` fp32, and the largest of the latter."""
+    """Scales of a tile's keys and of its values, ``[BLOCK_N]`` fp32; 1 for pages without."""
     if HAS_SCALES:
         o_n = tl.arange(0, BLOCK_N)
         m_n = first + o_n < live
@@ -345,7 +344,7 @@ def decode_attention(
     }  # fmt: skip
     _decode_attention_kernel[(programs,)](
         q, positions, rows, k_pages, v_pages, k_scales, v_scales, page_table, live_len, maxima, sums, acc,
-        *q.stride()[:2], spans, page_table.shape[-1], sm_scale * _LOG2_E,
+        *q.stride()[:2], spans, page_table.shape[-1], sm_scale * LOG2_E,
         BLOCK_G=max(16, triton.next_power_of_2(group)), PAGE=page_size, HAS_SCALES=k_scales.numel() > 0, DOT=dot,
         num_warps=warps, num_stages=stages, **blocks,
     )  # fmt: skip

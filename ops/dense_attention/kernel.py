@@ -7,9 +7,26 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import attention_tile, dot_dtype, flash_step
+from fastdms.ops.triton_common import LOG2_E, dot_dtype
 
-_LOG2_E = 1.4426950408889634
+
+def _tile(group: int, head_dim: int, dot: tl.dtype) -> tuple[int, int]:
+    """(queries times grouped heads, keys) of a tile; small in fp32, which is unrolled into multiply-adds."""
+    rows, keys = (32, 32) if dot == tl.float32 else (64, 64 if head_dim <= 128 else 32)
+    return max(rows, triton.next_power_of_2(group)), keys
+
+
+@triton.jit
+def _flash_step(b_q, b_k, b_v, visible, b_max, b_sum, b_acc, scale_log2, DOT: tl.constexpr):
+    """One tile of the online softmax: q ``[R, D]``, k ``[D, N]``, v ``[N, D]``, visible ``[R, N]``."""
+    b_x = tl.dot(b_q, b_k.to(tl.float32).to(DOT), input_precision="ieee") * scale_log2
+    b_x = tl.where(visible, b_x, -1.0e30)
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_old = tl.exp2(b_max - b_new)
+    b_w = tl.where(visible, tl.exp2(b_x - b_new[:, None]), 0.0)
+    b_sum = b_sum * b_old + tl.sum(b_w, 1)
+    b_acc = b_acc * b_old[:, None] + tl.dot(b_w.to(DOT), b_v.to(tl.float32).to(DOT), input_precision="ieee")
+    return b_new, b_sum, b_acc
 
 
 @triton.jit
@@ -53,7 +70,7 @@ def _dense_attention_kernel(
         b_k = tl.load(k_ptr + at[None, :] * D + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
         b_v = tl.load(v_ptr + at[:, None] * D + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
         visible = key[None, :] <= position[:, None]
-        b_max, b_sum, b_acc = flash_step(b_q, b_k, b_v, visible, b_max, b_sum, b_acc, scale_log2, DOT)
+        b_max, b_sum, b_acc = _flash_step(b_q, b_k, b_v, visible, b_max, b_sum, b_acc, scale_log2, DOT)
     p_out = out_ptr + (token.to(tl.int64)[:, None] * HKV * G + head[:, None]) * D + o_d[None, :]
     b_out = b_acc / tl.where(m_r, b_sum, 1.0)[:, None]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_r[:, None] & m_d[None, :])
@@ -78,9 +95,9 @@ def dense_attention(
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
     dot = dot_dtype(q.dtype, k.dtype)
-    block_r, block_n = attention_tile(group, head_dim, dot)
+    block_r, block_n = _tile(group, head_dim, dot)
     _dense_attention_kernel[(triton.cdiv(tokens, block_r // group), num_kv_heads)](
-        q, k_history, v_history, positions, out, *q.stride()[:2], tokens, sm_scale * _LOG2_E,
+        q, k_history, v_history, positions, out, *q.stride()[:2], tokens, sm_scale * LOG2_E,
         HKV=num_kv_heads, G=group, D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=block_r // group, BLOCK_R=block_r, BLOCK_N=block_n,
         DOT=dot, num_warps=4, num_stages=2,

@@ -15,9 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdms.ops.prefill_attention.attend_kernel import _attend_kernel
 from fastdms.ops.prefill_attention.pack_kernel import _pack_kernel, _plan_kernel
-from fastdms.ops.triton_common import dot_dtype, element_strides
+from fastdms.ops.triton_common import LOG2_E, dot_dtype, element_strides
 
-_LOG2_E = 1.4426950408889634
 _TILE = 64  # tokens or slots that a program packs at a time
 _RING_TILE = 1024  # tokens of the window that a program plans at a time
 _PACK_PROGRAMS = 2048  # that share the spans' slots, or one for each span if there are more
@@ -132,7 +131,7 @@ def _attend_rows(
     ]
     _attend_kernel[(triton.cdiv(tokens, block_m) + num_chunks, num_kv_heads)](
         q, k, v, chunk_indptr, plan, lists, kept_before, until, packed_k, packed_v, *described, out,
-        *element_strides(q, k, v), num_chunks, tokens, sm_scale * _LOG2_E,
+        *element_strides(q, k, v), num_chunks, tokens, sm_scale * LOG2_E,
         G=group, D=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys, TMA=tma,
         **shared, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -7,7 +7,32 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdms.ops.triton_common import element_strides, load_halves, store_rotated
+from fastdms.ops.triton_common import ZERO_BOTH, element_strides, rms_norm
+
+
+@triton.jit
+def _load_halves(x_ptr, weight_ptr, eps, o_half, m_half, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
+    """One head as its two halves in fp32, ``[BLOCK_HALF]`` each, RMS-normalised where there is a weight."""
+    first = tl.load(x_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        w_first = tl.load(weight_ptr + o_half, mask=m_half, other=0.0).to(tl.float32)
+        w_second = tl.load(weight_ptr + HALF + o_half, mask=m_half, other=0.0).to(tl.float32)
+        first, second = rms_norm(first, second, w_first, w_second, eps, HALF)
+    return first, second
+
+
+@triton.jit
+def _store_rotated(out_ptr, first, second, cos, sin, borrowed, o_half, m_half, HALF: tl.constexpr, ZERO: tl.constexpr):
+    """RoPE of one query or key head and its store; ``borrowed``: its last channel is the decision's."""
+    last = o_half == HALF - 1
+    if ZERO > 0 and borrowed:
+        second = tl.where(last, 0.0, second)
+    out_second = second * cos + first * sin
+    if ZERO == ZERO_BOTH and borrowed:
+        out_second = tl.where(last, 0.0, out_second)
+    tl.store(out_ptr + o_half, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=m_half)
+    tl.store(out_ptr + HALF + o_half, out_second.to(out_ptr.dtype.element_ty), mask=m_half)
 
 
 @triton.jit
@@ -54,16 +79,16 @@ def _prefill_rope_kernel(
     for g in tl.static_range(G):
         head = i_h * G + g
         p_q = q_ptr + i_t * stride_q_token + head * stride_q_head
-        first, second = load_halves(p_q, q_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM)
+        first, second = _load_halves(p_q, q_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM)
         if g == 0 and not HAS_ALPHA:
             decision_input = tl.sum(tl.where(o_half == HALF - 1, second, 0.0), 0)
         p_out = q_out_ptr + (i_t * HKV * G + head) * (2 * HALF)
-        store_rotated(p_out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
+        _store_rotated(p_out, first, second, cos, sin, g == 0, o_half, m_half, HALF, ZERO)
     decision = decision_input * decision_scale > decision_threshold
     tl.store(decision_ptr + i_t * HKV + i_h, decision.to(tl.int8))
     p_k = k_ptr + i_t * stride_k_token + i_h * stride_k_head
-    first, second = load_halves(p_k, k_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM)
-    store_rotated(
+    first, second = _load_halves(p_k, k_norm_ptr, norm_eps, o_half, m_half, HALF, HAS_NORM)
+    _store_rotated(
         k_out_ptr + (i_t * HKV + i_h) * (2 * HALF), first, second, cos, sin, False, o_half, m_half, HALF, ZERO
     )
 

@@ -9,8 +9,9 @@ import triton.language as tl
 
 from fastdms.ops.soft_attention.kernel import FAR, MIXED, NEAR, key_ranges, load_bias, load_heads, soft_mask
 from fastdms.ops.soft_attention.schema import empty_token_major
+from fastdms.ops.triton_common import LOG2_E
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit

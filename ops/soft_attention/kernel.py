@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from fastdms.ops.soft_attention.schema import empty_token_major
+from fastdms.ops.triton_common import LOG2_E
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 # A tile of queries x keys lies wholly outside the window, wholly within it and below the diagonal, or anywhere.
 FAR, NEAR, MIXED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
