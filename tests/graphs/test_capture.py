@@ -130,12 +130,15 @@ def test_the_generated_code_copies_no_cache() -> None:
     _, code = run_and_get_code(lambda: made.append(graphed(max_context=1024)))
     with made[0] as model:
         cache = engine_of(model).cache
-        assert len(code) == 4
+        assert len(code) == 4 * 3  # each bucket's first, inner and last piece
+        with_pools = 0
         for source in code:
             pools = inputs_of_shape(source, tuple(cache.k_pages.shape))
-            assert len(pools) == 2
+            with_pools += len(pools) > 0
+            assert len(pools) in (0, 2)
             assert all(uses(source, name) == {"decode_append", "decode_attention"} for name in pools)
-            assert max(allocations(source)) < cache.k_pages.numel() // 8
+            assert max(allocations(source), default=0) < cache.k_pages.numel() // 8
+        assert with_pools == 4 * 2  # nothing attends in the last
 
 
 def test_closing_gives_the_memory_back() -> None:
