@@ -70,6 +70,17 @@ def pop_pages(num_free_ptr, free, count, most):
     return start
 
 
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options for a kernel with a DEPENDENT flag, which may come up before the one ahead of it has ended.
+
+    Programmatic dependent launch: before ``gdc_wait`` such a kernel reads nothing that an op writes, and writes nothing;
+    it waits in each of its programs, so that whoever waits for it has waited for all before it.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": False}
+
+
 def element_strides(*tensors: torch.Tensor) -> list[int]:
     """(token, head) strides of ``[T, H, D]`` tensors, in order."""
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]

@@ -6,8 +6,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.triton_common import ZERO_BOTH, divide_by_scale, element_strides, pop_pages, rms_norm, token_scale
+from fastdms.ops.triton_common import (
+    ZERO_BOTH,
+    dependent_launch,
+    divide_by_scale,
+    element_strides,
+    pop_pages,
+    rms_norm,
+    token_scale,
+)
 
 
 @triton.jit
@@ -73,11 +82,13 @@ def _decode_append_kernel(
     HAS_ALPHA: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Token t: slot = flagged(t - W - 1) ? its slot : live_len++; ring[t mod (W + 1)] = slot << 1 | flagged.
 
-    A chain of three loads, each of them together with all that wait for no more: position and row; ring entry and
-    length; page. What is computed from the first two hides behind the third, and only a pop branches.
+    A chain of three loads, each of them together with all that wait for no more: position and row; what the kernel
+    before has made, ring entry and length; page. What is computed from the first two hides behind the third, and only a
+    pop branches.
     """
     i_b = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1)
@@ -88,7 +99,28 @@ def _decode_append_kernel(
 
     position = tl.load(positions_ptr + i_b)
     row = tl.load(rows_ptr + i_b)
+    q_norm_first, q_norm_second, lead_first = 0.0, 0.0, 0.0
+    if HAS_NORM:
+        q_norm_first = tl.load(q_norm_ptr + o_half, mask=m_half, other=0.0)
+        q_norm_second = tl.load(q_norm_ptr + HALF + o_half, mask=m_half, other=0.0)
+        k_norm_first = tl.load(k_norm_ptr + o_half, mask=m_half, other=0.0)
+        k_norm_second = tl.load(k_norm_ptr + HALF + o_half, mask=m_half, other=0.0)
+    at = tl.maximum(position, 0)  # padding reads what position 0 of row 0 would, and writes nothing
+    row = tl.maximum(row, 0).to(tl.int64)
+    cos = tl.load(cos_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
+    sin = tl.load(sin_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    span = row * HKV + i_h
+    p_entry = ring_ptr + span * (WINDOW + 1) + at % (WINDOW + 1)
+    p_before = ring_ptr + span * (WINDOW + 1) + (at + WINDOW) % (WINDOW + 1)
+    leaving = tl.load(p_entry)
+    live = tl.load(live_len_ptr + span)
+    starved = tl.load(starved_ptr + row)
     free = tl.load(num_free_ptr)
+    if SHIFT == 1:
+        before = tl.load(p_before)
     p_q = q_ptr + i_b * stride_q_token + (i_h * G + o_g).to(tl.int64)[:, None] * stride_q_head + o_half[None, :]
     q_first = tl.load(p_q, mask=m_q, other=0.0)  # [BLOCK_G, BLOCK_HALF]
     q_second = tl.load(p_q + HALF, mask=m_q, other=0.0)
@@ -98,12 +130,6 @@ def _decode_append_kernel(
     p_v = v_ptr + i_b * stride_v_token + i_h.to(tl.int64) * stride_v_head + o_half
     v_first = tl.load(p_v, mask=m_half, other=0.0)
     v_second = tl.load(p_v + HALF, mask=m_half, other=0.0)
-    q_norm_first, q_norm_second, lead_first = 0.0, 0.0, 0.0
-    if HAS_NORM:
-        q_norm_first = tl.load(q_norm_ptr + o_half, mask=m_half, other=0.0)
-        q_norm_second = tl.load(q_norm_ptr + HALF + o_half, mask=m_half, other=0.0)
-        k_norm_first = tl.load(k_norm_ptr + o_half, mask=m_half, other=0.0)
-        k_norm_second = tl.load(k_norm_ptr + HALF + o_half, mask=m_half, other=0.0)
     # The decision's head once more, as prefill_rope has it: both sum its norm in the same order.
     p_lead = q_ptr + i_b * stride_q_token + (i_h * G).to(tl.int64) * stride_q_head
     if HAS_ALPHA:
@@ -113,19 +139,6 @@ def _decode_append_kernel(
         lead_second = tl.load(p_lead + HALF + o_half, mask=m_half, other=0.0)
     else:
         lead_second = tl.load(p_lead + (2 * HALF - 1))
-
-    at = tl.maximum(position, 0)  # padding reads what position 0 of row 0 would, and writes nothing
-    row = tl.maximum(row, 0).to(tl.int64)
-    span = row * HKV + i_h
-    p_entry = ring_ptr + span * (WINDOW + 1) + at % (WINDOW + 1)
-    p_before = ring_ptr + span * (WINDOW + 1) + (at + WINDOW) % (WINDOW + 1)
-    leaving = tl.load(p_entry)
-    live = tl.load(live_len_ptr + span)
-    starved = tl.load(starved_ptr + row)
-    cos = tl.load(cos_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
-    sin = tl.load(sin_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
-    if SHIFT == 1:
-        before = tl.load(p_before)
     tl.debug_barrier()  # else the compiler lets loads from above join or follow the page's
 
     # Only here has the slot to wait for the decision: the token leaving is the one that is being decided about.
@@ -250,6 +263,6 @@ def decode_append(
         HKV=num_kv_heads, G=group, BLOCK_G=triton.next_power_of_2(group), HALF=head_dim // 2,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2), PAGE=k_pages.shape[1], WINDOW=ring.shape[-1] - 1,
         SHIFT=shift, ZERO=zero_borrowed, HAS_ALPHA=alpha is not None, HAS_NORM=q_norm is not None,
-        HAS_SCALES=k_scales.numel() > 0, num_warps=1,
+        HAS_SCALES=k_scales.numel() > 0, num_warps=1, **dependent_launch(q.device),
     )  # fmt: skip
     return out

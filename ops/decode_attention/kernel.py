@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.triton_common import LOG2_E, dot_dtype
+from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype
 
 _LOWEST = tl.constexpr(-1.0e30)
 
@@ -32,21 +32,33 @@ def tiles(head_dim: int, element_bytes: int) -> Tiles:
     if element_bytes == 4:
         return Tiles(tokens=32, warps=4, stages=2, programs=2)
     if head_dim * element_bytes <= 64:
-        return Tiles(tokens=64, warps=2, stages=7, programs=4)
+        return Tiles(tokens=64, warps=1, stages=7, programs=7)
     if head_dim * element_bytes <= 128:
-        return Tiles(tokens=64, warps=4, stages=5, programs=2)
+        return Tiles(tokens=32, warps=1, stages=7, programs=7)
     return Tiles(tokens=64 if head_dim * element_bytes <= 256 else 32, warps=4, stages=3, programs=2)
 
 
 @triton.jit
 def _span_tiles(
-    positions_ptr, rows_ptr, live_len_ptr, num_spans, S: tl.constexpr, HKV: tl.constexpr, BLOCK_N: tl.constexpr
+    positions_ptr,
+    rows_ptr,
+    live_len_ptr,
+    num_spans,
+    S: tl.constexpr,
+    HKV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
-    """Tiles of BLOCK_N tokens in each span of the batch, ``[S]``; none for padded entries."""
+    """Tiles of BLOCK_N tokens in each span of the batch, ``[S]``; none for padded entries.
+
+    WAIT: for the kernels before this one, as soon as what they may have written is to be read.
+    """
     o_s = tl.arange(0, S)
     m_s = o_s < num_spans
     position = tl.load(positions_ptr + o_s // HKV, mask=m_s, other=-1)
     row = tl.maximum(tl.load(rows_ptr + o_s // HKV, mask=m_s, other=0), 0)  # on its way together with the position
+    if WAIT:
+        gdc_wait()
     live = tl.load(live_len_ptr + row * HKV + o_s % HKV, mask=m_s & (position >= 0), other=0)
     return tl.cdiv(live, BLOCK_N)
 
@@ -54,10 +66,7 @@ def _span_tiles(
 @triton.jit
 def _slots(table_ptr, first, live, o_n, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where the tokens ``first + o_n`` of a span lie in the pool, ``[BLOCK_N]`` int64; 0 for those past ``live``."""
-    if PAGE % BLOCK_N == 0:
-        page = tl.load(table_ptr + first // PAGE, mask=first < live, other=0).to(tl.int64)
-        return page * PAGE + first % PAGE + o_n
-    elif BLOCK_N % PAGE == 0 and BLOCK_N // PAGE <= 8:  # unrolled
+    if BLOCK_N % PAGE == 0 and BLOCK_N // PAGE <= 8:  # unrolled
         slots = (o_n % PAGE).to(tl.int64)
         for i in tl.static_range(BLOCK_N // PAGE):
             page = tl.load(table_ptr + first // PAGE + i, mask=first + i * PAGE < live, other=0).to(tl.int64)
@@ -85,38 +94,27 @@ def _load_tokens(pages_ptr, slots, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit
-def _load_scales(
-    k_scales_ptr,
-    v_scales_ptr,
-    table_ptr,
-    first,
-    live,
-    PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-):
-    """Scales of a tile's keys and of its values, ``[BLOCK_N]`` fp32; 1 for pages without."""
-    if HAS_SCALES:
-        o_n = tl.arange(0, BLOCK_N)
-        m_n = first + o_n < live
-        slots = _slots(table_ptr, first, live, o_n, PAGE, BLOCK_N)
-        b_k = tl.load(k_scales_ptr + slots, mask=m_n, other=0.0).to(tl.float32)
-        b_v = tl.load(v_scales_ptr + slots, mask=m_n, other=0.0).to(tl.float32)
-        return b_k, b_v
-    else:
-        return 1.0, 1.0
+def _load_scale_pairs(pairs_ptr, begin, m_n, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Scales of the tokens in the slots from ``begin`` on, ``[BLOCK_N]`` fp32, zero past the last; two in each int32,
+    since the compiler pipelines no load of less than four bytes."""
+    pairs = tl.load(pairs_ptr + begin // 2 + tl.arange(0, BLOCK_N // 2))
+    lower, upper = pairs << 16, pairs & -65536  # a bf16 is the upper half of the fp32 of its value
+    scales = tl.join(lower, upper).reshape([BLOCK_N]).to(tl.float32, bitcast=True)
+    if MASKED:
+        scales = tl.where(m_n, scales, 0.0)
+    return scales
 
 
 @triton.jit
 def _tile_step(
     b_q,
-    b_k_scales,
-    b_v_scales,
     b_max,
     b_sum,
     b_acc,
     k_pages_ptr,
     v_pages_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     table_ptr,
     first,
     live,
@@ -131,11 +129,21 @@ def _tile_step(
     """One tile of the online softmax, its sum still spread over the tile; MASKED where the span ends inside it."""
     o_n = tl.arange(0, BLOCK_N)
     m_n = first + o_n < live
-    slots = _slots(table_ptr, first, live, o_n, PAGE, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        begin = tl.load(table_ptr + first // PAGE).to(tl.int64) * PAGE + first % PAGE
+        slots = begin + o_n
+    else:
+        slots = _slots(table_ptr, first, live, o_n, PAGE, BLOCK_N)
     b_k = _load_tokens(k_pages_ptr, slots, m_n, D, BLOCK_D, MASKED)
     b_v = _load_tokens(v_pages_ptr, slots, m_n, D, BLOCK_D, MASKED)
     b_x = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision="ieee")  # [BLOCK_G, BLOCK_N]
     if HAS_SCALES:
+        if PAGE % BLOCK_N == 0:
+            b_k_scales = _load_scale_pairs(k_scales_ptr, begin, m_n, BLOCK_N, MASKED)
+            b_v_scales = _load_scale_pairs(v_scales_ptr, begin, m_n, BLOCK_N, MASKED)
+        else:
+            b_k_scales = tl.load(k_scales_ptr + slots, mask=m_n, other=0.0).to(tl.float32)
+            b_v_scales = tl.load(v_scales_ptr + slots, mask=m_n, other=0.0).to(tl.float32)
         b_x *= (b_k_scales * scale_log2)[None, :]
     else:
         b_x *= scale_log2
@@ -150,7 +158,7 @@ def _tile_step(
     b_acc *= b_old[:, None]
     if HAS_SCALES:  # the tile's largest scale stays outside the product, where fp16 could not hold it
         b_scale = tl.max(b_v_scales, 0)
-        b_w *= (b_v_scales / b_scale)[None, :]
+        b_w *= (b_v_scales * (1.0 / b_scale))[None, :]
         b_acc += tl.dot(b_w.to(b_q.dtype), b_v.to(b_q.dtype), input_precision="ieee") * b_scale
     else:
         b_acc = tl.dot(b_w.to(b_q.dtype), b_v.to(b_q.dtype), b_acc, input_precision="ieee")
@@ -190,10 +198,10 @@ def _decode_attention_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """acc[p + s] = sum_n exp2(x_n - max) v_n over span s's tiles that fall to program p; x = scale q k^T log2(e)."""
-    if DEPENDENT:  # the merge may come up while this runs; it waits before it reads
-        gdc_launch_dependents()
     i_p = tl.program_id(0)
-    span_tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N)
+    span_tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N, DEPENDENT)
+    if DEPENDENT:  # not before: the merge, which may come up from now on, reads the lengths without waiting
+        gdc_launch_dependents()
     cumulative = tl.cumsum(span_tiles, 0)
     total = tl.sum(span_tiles, 0).to(tl.int64)
     programs = tl.minimum(total, PROGRAMS)  # none without work: its partial would never be written
@@ -230,21 +238,15 @@ def _decode_attention_kernel(
         begin = (tile - span_begin) * BLOCK_N
         last = (stop - span_begin) * BLOCK_N
         whole = tl.minimum(last, live // BLOCK_N * BLOCK_N)
-        b_k_scales, b_v_scales = _load_scales(k_scales_ptr, v_scales_ptr, table, begin, live, PAGE, BLOCK_N, HAS_SCALES)
         for first in range(begin, whole, BLOCK_N):
-            # One tile ahead: loads as narrow as these are not pipelined by the compiler.
-            b_next_k, b_next_v = _load_scales(
-                k_scales_ptr, v_scales_ptr, table, first + BLOCK_N, live, PAGE, BLOCK_N, HAS_SCALES
-            )
             b_max, b_sum, b_acc = _tile_step(
-                b_q, b_k_scales, b_v_scales, b_max, b_sum, b_acc, k_pages_ptr, v_pages_ptr, table, first, live, scale,
-                D, BLOCK_D, PAGE, BLOCK_N, HAS_SCALES, False,
+                b_q, b_max, b_sum, b_acc, k_pages_ptr, v_pages_ptr, k_scales_ptr, v_scales_ptr, table, first, live,
+                scale, D, BLOCK_D, PAGE, BLOCK_N, HAS_SCALES, False,
             )  # fmt: skip
-            b_k_scales, b_v_scales = b_next_k, b_next_v
         if whole < last:
             b_max, b_sum, b_acc = _tile_step(
-                b_q, b_k_scales, b_v_scales, b_max, b_sum, b_acc, k_pages_ptr, v_pages_ptr, table, whole, live, scale,
-                D, BLOCK_D, PAGE, BLOCK_N, HAS_SCALES, True,
+                b_q, b_max, b_sum, b_acc, k_pages_ptr, v_pages_ptr, k_scales_ptr, v_scales_ptr, table, whole, live,
+                scale, D, BLOCK_D, PAGE, BLOCK_N, HAS_SCALES, True,
             )  # fmt: skip
         partial = (i_p + span).to(tl.int64) * G + o_g
         tl.store(max_ptr + partial, b_max, mask=o_g < G)
@@ -274,9 +276,11 @@ def _merge_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """out[s, g] = sum_p exp2(max_p - max) acc_p / sum_p exp2(max_p - max) sum_p over the programs that met span s."""
+    if DEPENDENT:
+        gdc_launch_dependents()
     span = tl.program_id(0)
     i_g = tl.program_id(1)
-    span_tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N)
+    span_tiles = _span_tiles(positions_ptr, rows_ptr, live_len_ptr, num_spans, S, HKV, BLOCK_N, False)
     o_s = tl.arange(0, S)
     total = tl.sum(span_tiles, 0).to(tl.int64)
     programs = tl.minimum(total, PROGRAMS)
@@ -332,6 +336,8 @@ def decode_attention(
     if k_scales.numel() > 0 and dot != tl.float32:
         dot = tl.float16  # holds every fp8 value, and the hardware converts to it
     block_n, warps, stages, per_processor = tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
+    if page_size % block_n == 0:
+        k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
     programs = min(
         per_processor * _num_processors(q.device), spans * triton.cdiv(page_table.shape[-1] * page_size, block_n)
     )
@@ -340,24 +346,18 @@ def decode_attention(
     blocks = {
         "S": triton.next_power_of_2(spans), "HKV": num_kv_heads, "G": group, "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_N": block_n, "PROGRAMS": programs,
-        "DEPENDENT": dependent_launch(q.device),
     }  # fmt: skip
     _decode_attention_kernel[(programs,)](
         q, positions, rows, k_pages, v_pages, k_scales, v_scales, page_table, live_len, maxima, sums, acc,
         *q.stride()[:2], spans, page_table.shape[-1], sm_scale * LOG2_E,
         BLOCK_G=max(16, triton.next_power_of_2(group)), PAGE=page_size, HAS_SCALES=k_scales.numel() > 0, DOT=dot,
-        num_warps=warps, num_stages=stages, **blocks,
+        num_warps=warps, num_stages=stages, **blocks, **dependent_launch(q.device),
     )  # fmt: skip
     _merge_kernel[(spans, group)](
         positions, rows, live_len, maxima, sums, acc, out, spans, PIECES=16, num_warps=1, **blocks,
-        **({"launch_pdl": True} if blocks["DEPENDENT"] else {}),
+        **dependent_launch(q.device),
     )  # fmt: skip
     return out
-
-
-def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may come up before the one ahead of it has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _num_processors(device: torch.device) -> int:
