@@ -29,9 +29,9 @@ _NEVER_EVICT = (1.0, float("inf"))
 
 
 class Chunk:
-    """Device tensors of a ragged prefill chunk; ``history`` is set for a dense prefill, of one row at a time."""
+    """Device tensors of a ragged prefill chunk; ``history`` and ``start`` are for a dense one, of one row alone."""
 
-    __slots__ = ("chunk_indptr", "history", "outputs", "positions", "rows", "tokens")
+    __slots__ = ("chunk_indptr", "history", "outputs", "positions", "rows", "start", "tokens")
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Chunk:
         chunk_indptr: torch.Tensor,
         outputs: torch.Tensor,
         history: DenseHistory | None = None,
+        start: int = 0,
     ) -> None:
         self.tokens = tokens  # [T] int64
         self.positions = positions  # [T] int32
@@ -49,6 +50,7 @@ class Chunk:
         self.chunk_indptr = chunk_indptr  # [B + 1] int32
         self.outputs = outputs  # [n] int64: tokens whose logits are wanted
         self.history = history
+        self.start = start  # position of the first token
 
 
 class DenseHistory:
@@ -139,7 +141,7 @@ class DecoderLayer(nn.Module):
             attended = prefill_attention(q, k, v, decisions, cache, **ragged, shift=self.shift, sm_scale=scale)
         else:
             attended = dense_attention(
-                q, k, v, positions=chunk.positions, k_history=history[0], v_history=history[1], sm_scale=scale
+                q, k, v, k_history=history[0], v_history=history[1], start=chunk.start, sm_scale=scale
             )
         prefill_append(k, v, decisions, cache, **ragged, shift=self.shift)
         return self._finish(x, attended)

@@ -108,6 +108,7 @@ class ModelRunner:
             chunk_indptr=self._tensor(indptr, torch.int32),
             outputs=self._tensor([end - 1 for end in indptr[1:]], torch.int64),
             history=pieces[0].history,
+            start=pieces[0].start,
         )
         with inference(self.device):
             return self.decoder.prefill(chunk, self.cache)

@@ -2,7 +2,7 @@
 
 from fastdms.ops.decode_append import decode_append
 from fastdms.ops.decode_attention import decode_attention
-from fastdms.ops.dense_attention import dense_attention
+from fastdms.ops.dense_attention import dense_attention, dense_kernel
 from fastdms.ops.prefill_append import prefill_append
 from fastdms.ops.prefill_attention import prefill_attention
 from fastdms.ops.prefill_rope import prefill_rope
@@ -19,6 +19,7 @@ __all__ = [
     "decode_append",
     "decode_attention",
     "dense_attention",
+    "dense_kernel",
     "prefill_append",
     "prefill_attention",
     "prefill_rope",

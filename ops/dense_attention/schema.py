@@ -7,7 +7,7 @@ import torch
 from fastdms.ops.registry import register
 
 SCHEMA = (
-    "dense_attention(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor(a!) k_history, Tensor(b!) v_history, "
+    "dense_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_history, Tensor(b!) v_history, SymInt start, "
     "float sm_scale) -> Tensor"
 )
 

@@ -57,7 +57,7 @@ class Call:
             "prefill_rope": {"q": q, "k": k, **weights, **tables, "positions": chunk["positions"]},
             "prefill_append": {"k": k, "v": v, "decisions": flags, **chunk},
             "prefill_attention": {"q": q, "k": k, "v": v, "decisions": flags, **chunk},
-            "dense_attention": {"q": q, "k": k, "v": v, "positions": chunk["positions"], **history},
+            "dense_attention": {"q": q, "k": k, "v": v, **history},
             "soft_attention": {"q": soft_q, "k": soft_k, "v": soft_v, "log_keep": -normal(2, _KV_HEADS, size).abs()},
             "release": {"rows": rows},
             "sample": {
@@ -83,6 +83,8 @@ class Call:
         options: dict[str, Any] = {}
         if self.op not in ("dense_attention", "prefill_rope", "sample", "soft_attention"):
             options["cache"] = SpanCache(*state)
+        if self.op == "dense_attention":
+            options["start"] = _TOKENS
         if self.op == "soft_attention":
             options["window_tokens"] = 1
         if self.op.endswith("attention"):

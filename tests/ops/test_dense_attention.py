@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 
 from fastdms.ops import dense_attention
+from fastdms.ops.dense_attention.choice import choose_kernel, installed_kernels
 from tests.ops.definition import attend
 from tests.ops.harness import BACKENDS, HEAD_SHAPES, KERNEL_DTYPES, assert_close_to_definition, on, split_heads
 from tests.tolerance import assert_within_error_budget
@@ -24,10 +28,7 @@ def _run(
         out, start = [], 0
         for tokens in chunks:
             q, k, v = split_heads(fused[start : start + tokens].to(device), num_kv_heads)
-            positions = torch.arange(start, start + tokens, dtype=torch.int32, device=device)
-            out.append(
-                dense_attention(q, k, v, positions=positions, k_history=k_history, v_history=v_history, sm_scale=_SCALE)
-            )
+            out.append(dense_attention(q, k, v, k_history=k_history, v_history=v_history, start=start, sm_scale=_SCALE))
             start += tokens
     return torch.cat(out).cpu(), k_history.cpu(), v_history.cpu()
 
@@ -77,17 +78,128 @@ def test_reference_in_bf16() -> None:
 
 def test_bad_input_is_named() -> None:
     q, k = torch.zeros(3, 4, 16), torch.zeros(3, 2, 16)
-    positions, history = torch.arange(3, dtype=torch.int32), torch.zeros(9, 2, 16)
+    history = torch.zeros(9, 2, 16)
     for change, message in (
         ({"q": q[:2]}, "q, k, v"),
         ({"q": q[:, :3]}, "heads"),
         ({"v": k[:2]}, "q, k, v"),
-        ({"positions": positions.long()}, "positions"),
-        ({"positions": positions[:2]}, "positions"),
+        ({"start": -1}, "start must be in"),
+        ({"start": 7}, r"start must be in \[0, 9 - 3\], got 7"),
         ({"k_history": history.half()}, "history"),
         ({"k_history": history[:, :1]}, "history"),
         ({"k_history": history.repeat(2, 1, 1)[::2], "v_history": history.repeat(2, 1, 1)[::2]}, "contiguous"),
     ):
-        good = {"q": q, "k": k, "v": k, "positions": positions, "k_history": history, "v_history": history}
+        good: dict[str, Any] = {"q": q, "k": k, "v": k, "start": 6, "k_history": history, "v_history": history}
         with pytest.raises(ValueError, match=message):
             dense_attention(**{**good, **change}, sm_scale=1.0)
+
+
+_ALL = frozenset({"flash_attn_3", "cudnn", "flash_attn_2", "torch_flash"})
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", _HALF, ids=str)
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "order"),
+    [
+        ((9, 0), 64, ["flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "triton"]),
+        ((9, 0), 80, ["flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "triton"]),
+        ((9, 0), 256, ["flash_attn_3", "flash_attn_2", "torch_flash", "triton"]),
+        ((9, 0), 16, ["flash_attn_3", "flash_attn_2", "torch_flash", "triton"]),
+        ((9, 0), 84, ["triton"]),
+        ((9, 0), 264, ["triton"]),
+        ((10, 0), 128, ["cudnn", "flash_attn_2", "torch_flash", "triton"]),
+        ((8, 0), 128, ["flash_attn_2", "torch_flash", "triton"]),
+        ((7, 5), 64, ["triton"]),
+    ],
+    ids=str,
+)
+def test_the_next_best_is_chosen(
+    dtype: torch.dtype, capability: tuple[int, int], head_dim: int, order: list[str]
+) -> None:
+    """Whatever is chosen is taken away, until only the project's own kernel is left."""
+    installed, chosen = _ALL, list[str]()
+    while not chosen or chosen[-1] != "triton":
+        chosen.append(choose_kernel(dtype, head_dim, capability, installed))
+        installed -= {chosen[-1]}
+    assert chosen == order
+
+
+def test_fp32_is_for_the_own_kernel() -> None:
+    assert choose_kernel(torch.float32, 64, (9, 0), _ALL) == "triton"
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"fastdms.ops.dense_attention.{name}")
+
+
+@pytest.mark.parametrize("chunks", [[128, 40], [100, 130, 30], [130, 126], [256, 128]], ids=str)
+def test_the_parts_of_a_later_chunk_are_merged(monkeypatch: pytest.MonkeyPatch, chunks: list[int]) -> None:
+    """cuDNN's place is taken by the plain definition of a part."""
+    shapes, odd = [], []
+
+    def part(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, *, causal: bool, with_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes.append((q.shape[0], k.shape[0], causal))
+        assert with_lse == (k.shape[0] != q.shape[0] or len(shapes) > 1)
+        return _part(q, k, v, sm_scale, causal)
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        odd.append(k.shape[0] - q.shape[0])
+        return _module("flash_kernel").flash_attention(q, k, v, odd[-1], sm_scale)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(_module("libraries"), "cudnn_part", part)
+    monkeypatch.setattr(_module("libraries"), "torch_flash", flash)
+    monkeypatch.setattr(_module("kernel"), "dense_kernel", lambda *_: "cudnn")
+    _compare(torch.randn(sum(chunks), 5, 16), 1, chunks)
+    starts = [sum(chunks[:i]) for i in range(len(chunks))]
+    assert odd == [start for start in starts if start % 128]
+    assert {tokens % 128 for tokens, _, _ in shapes} == {0}
+    assert [keys for _, keys, causal in shapes if not causal] == [s for s in starts[1:] if s % 128 == 0]
+
+
+def _part(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * sm_scale
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores[0]).tril().bool(), -torch.inf)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(group, 1))
+    return out.contiguous(), scores.logsumexp(-1).contiguous()
+
+
+def test_chunks_are_padded_to_few_lengths() -> None:
+    padded = [_module("libraries").padded_tokens(tokens) for tokens in range(1, 4097)]
+    assert all(tokens <= length < tokens + max(128, tokens / 4) for tokens, length in enumerate(padded, 1))
+    assert all(length % 128 == 0 for length in padded)
+    assert len(set(padded)) == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", _HALF, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("chunks", [[300], [256, 100], [130, 70], [128, 1, 128]], ids=str)
+def test_every_kernel_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int, group: int, chunks: list[int]
+) -> None:
+    """Each is held against fp64 by itself, whichever of them would be chosen."""
+    capability = torch.cuda.get_device_capability()
+    fused = torch.randn(sum(chunks), 2 * (group + 2), head_dim).to(dtype)
+    q, k, v = split_heads(fused.double(), 2)
+    oracle, _ = _part(q, k, v, _SCALE, causal=True)
+    reference, *_ = _run("reference", fused, 2, chunks)
+    kernels = {choose_kernel(dtype, head_dim, capability, frozenset({one})) for one in installed_kernels()}
+    for kernel in sorted(kernels | {"triton"}):
+        with monkeypatch.context() as patch:
+            patch.setattr(_module("kernel"), "dense_kernel", lambda *_, kernel=kernel: kernel)
+            out, k_history, v_history = _run("kernel", fused, 2, chunks)
+        try:
+            assert_within_error_budget(out, reference, oracle)
+        except AssertionError as error:
+            raise AssertionError(f"{kernel}: {error}") from error
+        for history, written in ((k_history, k), (v_history, v)):
+            assert torch.equal(history[: len(oracle)], written.to(dtype))
+            assert history[len(oracle) :].isnan().all()

@@ -50,6 +50,8 @@ def launch(spec: Spec, tensors: dict[str, torch.Tensor], cache: CompactCache | N
         options["shift"] = 0
     if spec.op == "decode_append":
         options |= {"decision": _NEVER, "zero_borrowed": "none"}
+    if spec.op == "dense_attention":
+        options["start"] = spec.start
     if spec.op == "soft_attention":
         options["window_tokens"] = spec.window_tokens
     return op(**tensors, **options)

@@ -14,7 +14,7 @@ from fastdms.tools.bench.spec import Spec
 
 __all__ = ["check_op"]
 
-_SMALL: dict[str, Any] = {"rows": 3, "live": 300, "length": 400, "chunk": 150, "kept": 0.4}
+_SMALL: dict[str, Any] = {"rows": 3, "live": 300, "length": 400, "chunk": 144, "kept": 0.4}
 _WINDOW_TOKENS = 32  # so that small cases evict
 # A kernel may be twice as far from exact as its reference and one rounding, of the largest value: 2 (1/2 + 1/2) eps,
 # and 1/2 eps that the reference itself is off.

@@ -49,7 +49,7 @@ def build_prompt(spec: Spec, device: torch.device, num_sets: int | None, generat
             sets.append({"k": k, "v": v, **chunk})
         elif spec.op == "dense_attention":
             history = {f"{name}_history": normal(spec.length, heads, dim) for name in "kv"}
-            sets.append({"q": q, "k": k, "v": v, "positions": chunk["positions"], **history})
+            sets.append({"q": q, "k": k, "v": v, **history})
         else:
             # Evicted keys are gone, kept ones untouched: the hard mask as a case of the soft one.
             log_keep = torch.where(flags, -torch.inf, 0.0).T[None].contiguous()

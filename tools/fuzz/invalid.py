@@ -83,7 +83,7 @@ _INPUTS: dict[str, dict[str, dict[str, Change]]] = {
     "prefill_append": _CHUNK,
     "prefill_attention": {**_CHUNK, "q": _HEADS},
     "dense_attention": {
-        **{name: _TOKENS[name] for name in ("q", "k", "v", "positions")},
+        **{name: _TOKENS[name] for name in ("q", "k", "v")},
         **{name: {key: _PAGES[key] for key in ("fp64", "one page less", "strided")} for name in ("k_history",)},
     },
     "release": {"rows": _INTS},
@@ -99,6 +99,7 @@ _INPUTS: dict[str, dict[str, dict[str, Change]]] = {
 }  # fmt: skip
 _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "decode_append": {**_SHIFTS, **_ZERO_MODES},
+    "dense_attention": {"start": (-1, 2**31, 2**62)},
     "prefill_rope": _ZERO_MODES,
     "prefill_append": _SHIFTS,
     "prefill_attention": _SHIFTS,

@@ -48,8 +48,7 @@ def _dense(s: Setting, rng: np.random.Generator, device: torch.device, tally: Ta
              for name, n in (("q", s.num_heads), ("k", s.num_kv_heads), ("v", s.num_kv_heads))}  # fmt: skip
     scale = s.head_dim**-0.5
     gaps = dict.fromkeys(heads, (0, s.gap_heads, s.gap_channels))
-    positions = torch.arange(start, start + tokens, dtype=torch.int32)
-    call = Call(op=op, inputs={**heads, "positions": positions, **history}, options={"sm_scale": scale}, gaps=gaps,
+    call = Call(op=op, inputs={**heads, **history}, options={"start": start, "sm_scale": scale}, gaps=gaps,
                 mutated=tuple(history))  # fmt: skip
     _reject(call, rng, device, tally)
     (out,), written = call.run_kernel(device)
