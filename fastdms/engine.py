@@ -106,8 +106,6 @@ class Engine:
             request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
             if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
                 return
-            if self.runner.dense_prefill:
-                request.history = self.runner.new_history(len(request.prompt_ids))
             request.row, request.computed = free[0], 0
             self._running.append(request)
             self._waiting.pop(0)
@@ -138,8 +136,18 @@ class Engine:
         counts: list[int] = pages.sum((0, 2)).tolist()
         return counts
 
+    def _remainder(self, request: Request) -> PrefillPiece:
+        """All that is still to prefill, or still to prefill densely."""
+        ids = request.to_compute
+        dense = self.runner.dense_tokens(len(request.prompt_ids), len(ids), self._prefill_chunk)
+        if request.computed >= dense:
+            return PrefillPiece(row=_row(request), token_ids=ids[request.computed :], start=request.computed)
+        return PrefillPiece(
+            row=_row(request), token_ids=ids[request.computed : dense], start=request.computed, dense_tokens=dense
+        )
+
     def _prefill(self, requests: Sequence[Request]) -> None:
-        pieces = fill_chunk(map(_remainder, requests), self._prefill_chunk)
+        pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
         logits = self.runner.prefill(pieces)
         starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
         ready: list[tuple[Request, torch.Tensor]] = []
@@ -148,8 +156,6 @@ class Engine:
                 self._starve(request, alone, lost_tokens=len(piece.token_ids))
                 continue
             request.computed += len(piece.token_ids)
-            if request.computed >= len(request.prompt_ids):
-                request.history = None
             if request.prefilled and not request.output_ids:
                 ready.append((request, logits[index]))
         if ready:
@@ -204,7 +210,7 @@ class Engine:
         self._learn(request)
         self.runner.release([row])
         self._running.remove(request)
-        request.row, request.history, request.computed = None, None, 0
+        request.row, request.computed = None, 0
 
     def _learn(self, request: Request) -> None:
         usage, window = request.usage, self.cache.config.window_tokens + 1
@@ -217,10 +223,3 @@ class Engine:
 def _row(request: Request) -> int:
     assert request.row is not None, "the request holds no row"
     return request.row
-
-
-def _remainder(request: Request) -> PrefillPiece:
-    """All that is still to prefill; of a dense prompt, up to its end."""
-    end = None if request.history is None else len(request.prompt_ids)
-    ids = request.to_compute[request.computed : end]
-    return PrefillPiece(row=_row(request), token_ids=ids, start=request.computed, history=request.history)

@@ -117,7 +117,10 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
     budget = options.kv_memory
     if budget is None or isinstance(budget, float):
         default = 0.85 if options.device.type == "cuda" else 0.5
-        budget = int(_free_memory(options.device) * (default if budget is None else budget))
+        share = default if budget is None else budget
+        budget = int(_free_memory(options.device) * share)
+        if options.kv_memory is None:
+            budget -= min(_history_bytes(config, dms, options), budget // 2)
     pages = empty.pages_within(budget)
     if pages < empty.num_spans:
         least = empty.fixed_bytes + empty.num_spans * (empty.page_bytes + 4)
@@ -126,6 +129,14 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
             f"tokens need {least:,} bytes to hold even one token each layer and head"
         )
     return CacheConfig(**fields, num_pages=pages)
+
+
+def _history_bytes(config: ModelConfig, dms: DMSConfig | None, options: Options) -> int:
+    """What a dense prefill of the longest prompt holds beside the cache."""
+    if dms is not None and dms.prefill == "masked":
+        return 0
+    heads = config.num_layers * config.num_kv_heads * config.head_dim
+    return 2 * heads * options.max_context * options.dtype.itemsize
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from fastdms.completion import FinishReason, StreamPiece
-from fastdms.decoder import DenseHistory
 from fastdms.graphs import RowInput
 from fastdms.kv_report import RowUsage
 from fastdms.sampling_params import SamplingParams
@@ -51,7 +50,6 @@ class Request:
         self.row: int | None = None
         self.computed = 0
         self.expected_pages = 0
-        self.history: DenseHistory | None = None
         self.output_ids: list[int] = []
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.pieces: deque[StreamPiece] = deque()

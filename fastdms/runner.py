@@ -42,23 +42,23 @@ def inference(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPiece:
-    """The next tokens of one row's prompt. ``start``: position of the first. ``history``: for a dense prefill."""
+    """The next tokens of one row. ``start``: position of the first. ``dense_tokens``: see ``ModelRunner``."""
 
     row: int
     token_ids: Sequence[int]
     start: int
-    history: DenseHistory | None = None
+    dense_tokens: int = 0
 
 
 def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[PrefillPiece]:
     """The beginnings of ``remainders``, in order, that make one chunk of at most ``num_tokens`` tokens.
 
-    A piece with a dense history stands alone. The chunk's pieces belong to the first of the remainders.
+    A piece that is prefilled densely stands alone. The chunk's pieces belong to the first of the remainders.
     """
     pieces: list[PrefillPiece] = []
     for piece in remainders:
         ids = piece.token_ids[:num_tokens]
-        if not ids or (pieces and (piece.history is not None or pieces[0].history is not None)):
+        if not ids or (pieces and (piece.dense_tokens or pieces[0].dense_tokens)):
             break
         pieces.append(replace(piece, token_ids=ids))
         num_tokens -= len(ids)
@@ -68,6 +68,9 @@ def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[Pref
 class ModelRunner:
     """Owns the decoder, its cache and the graph cache of its decode step.
 
+    A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``dense_tokens`` says.
+    Until they are all there, or the row is released, their keys and values are held whole beside the cache.
+
     debug: check before each replay that weights and state lie where they did at capture.
     """
 
@@ -76,7 +79,7 @@ class ModelRunner:
     ) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.embed.device
-        self.dense_prefill = decoder.dms is not None and decoder.dms.prefill == "dense"
+        self._histories: dict[int, DenseHistory] = {}  # by row
 
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
@@ -94,7 +97,7 @@ class ModelRunner:
     def prefill(self, pieces: Sequence[PrefillPiece]) -> torch.Tensor:
         """Run one ragged chunk; logits ``[len(pieces), V]`` fp32 after each piece's last token.
 
-        A piece with a dense history must be the only one.
+        A piece that is prefilled densely must be the only one, and its row's first must begin at 0.
         """
         indptr = [0]
         for piece in pieces:
@@ -107,11 +110,23 @@ class ModelRunner:
             rows=self._tensor([piece.row for piece in pieces], torch.int32),
             chunk_indptr=self._tensor(indptr, torch.int32),
             outputs=self._tensor([end - 1 for end in indptr[1:]], torch.int64),
-            history=pieces[0].history,
+            history=self._history(pieces[0]),
             start=pieces[0].start,
         )
         with inference(self.device):
-            return self.decoder.prefill(chunk, self.cache)
+            logits = self.decoder.prefill(chunk, self.cache)
+        if indptr[1] + pieces[0].start >= pieces[0].dense_tokens:
+            self._histories.pop(pieces[0].row, None)
+        return logits
+
+    def dense_tokens(self, prompt_len: int, num_tokens: int, chunk: int) -> int:
+        """How many of a row's first ``num_tokens`` tokens are prefilled densely, ``prompt_len`` of them its prompt.
+
+        Without eviction, which has no use for the mask, those that fill a chunk of ``chunk`` tokens; fewer share one.
+        """
+        if self.decoder.dms is None:
+            return num_tokens if num_tokens >= chunk else 0
+        return prompt_len if self.decoder.dms.prefill == "dense" else 0
 
     def decode(self, inputs: Sequence[RowInput]) -> StepOutput:
         """One token for each of ``inputs``: next tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next.
@@ -130,13 +145,22 @@ class ModelRunner:
 
     def release(self, rows: list[int]) -> None:
         """Give the pages of ``rows`` back."""
+        for row in rows:
+            self._histories.pop(row, None)
         with inference(self.device):
             self.cache.release(rows)
 
     def new_history(self, num_tokens: int) -> DenseHistory:
-        """Room for the keys and values of a prompt of ``num_tokens`` tokens, whole."""
+        """Room for the keys and values of ``num_tokens`` tokens."""
         with inference(self.device):
             return DenseHistory(self.decoder.config, num_tokens, self.decoder.embed.dtype, self.device)
+
+    def _history(self, piece: PrefillPiece) -> DenseHistory | None:
+        if not piece.dense_tokens:
+            return None
+        if piece.start == 0:
+            self._histories[piece.row] = self.new_history(piece.dense_tokens)
+        return self._histories[piece.row]
 
     def _tensor(self, values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)

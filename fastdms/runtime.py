@@ -62,7 +62,8 @@ def compile(
     max_concurrency: rows of the cache: requests that run at once, in [1, 256].
     max_context: tokens of one request, prompt and answer; None: the model's ``max_position_embeddings``.
     kv_memory: for the whole cache with its metadata: bytes (int), or a share of the free memory (float); None: what
-        all rows could need at most, if that is within 85 % of the free memory (CPU: half).
+        all rows could need at most, if that is within 85 % of the free memory (CPU: half). A dense prefill (without
+        eviction, or by its rule) holds one prompt's keys and values besides, for which None leaves room.
     prefill_chunk: prompt tokens per prefill step; it never changes the result beyond rounding.
     mode: ``"graphs"`` (one CUDA graph per decode bucket), ``"compile"`` (torch.compile alone) or ``"eager"``; None:
         graphs on CUDA, eager on CPU.

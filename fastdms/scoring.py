@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fastdms.decoder import DenseHistory
 from fastdms.graphs import RowInput
 from fastdms.runner import ModelRunner, PrefillPiece, fill_chunk
 
@@ -18,18 +17,18 @@ def score(
 ) -> list[torch.Tensor]:
     """fp32 logits ``[len - prompt_len + 1, V]`` of each sequence, on the CPU; ``rows`` must be empty and are left full.
 
-    All prompts share ragged chunks of at most ``chunk`` tokens, all remainders share decode steps.
+    Prompts share ragged chunks of at most ``chunk`` tokens, all remainders share decode steps.
     Raises ValueError when the cache has no page left.
     """
     out: list[list[torch.Tensor]] = [[] for _ in sequences]
-    histories: dict[int, DenseHistory] = {}
-    if runner.dense_prefill:
-        histories = {i: runner.new_history(length) for i, length in enumerate(prompt_lens)}
+    dense = [runner.dense_tokens(length, length, chunk) for length in prompt_lens]
     done = [0] * len(sequences)
     while pending := [i for i, length in enumerate(prompt_lens) if done[i] < length]:
         remainders = (
-            PrefillPiece(row=rows[i], token_ids=sequences[i][done[i] : end], start=done[i], history=histories.get(i))
-            for i, end in ((i, prompt_lens[i]) for i in pending)
+            PrefillPiece(
+                row=rows[i], token_ids=sequences[i][done[i] : prompt_lens[i]], start=done[i], dense_tokens=dense[i]
+            )
+            for i in pending
         )
         pieces = fill_chunk(remainders, chunk)
         logits = runner.prefill(pieces).cpu()

@@ -186,7 +186,25 @@ def test_kv_memory_as_a_share(weights, monkeypatch) -> None:
             assert engine_of(model).cache.config.num_pages == 20
     monkeypatch.setattr(options, "_free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="kv_memory of 500 bytes is too small"):
-        compiled(weights)
+        compiled(weights, dms=MASKED)
+
+
+@pytest.mark.parametrize("rule", ["dense", "off"])
+def test_the_default_leaves_room_for_a_dense_prefill(weights, monkeypatch, rule: str) -> None:
+    """One prompt of 256 tokens, whole, in fp32; at most half of what the cache would have had."""
+    assert MASKED is not None
+    dms: Any = "off" if rule == "off" else replace(MASKED, prefill="dense")
+    with compiled(weights, dms=dms) as model:
+        few = kv_bytes(model, 20)
+    history = 256 * 2 * SPANS[0] * SPANS[1] * HEAD_DIM * 4
+    assert history < few
+    for share, free in ((None, 2 * (few + history)), (1.0, few)):
+        monkeypatch.setattr(options, "_free_memory", lambda device, free=free: free)
+        with compiled(weights, dms=dms, kv_memory=share) as model:
+            assert engine_of(model).cache.config.num_pages == 20
+    monkeypatch.setattr(options, "_free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="kv_memory of 250 bytes is too small"):
+        compiled(weights, dms=dms)
 
 
 def requested_bytes() -> int:
