@@ -20,7 +20,7 @@ from fastdms.graphs import (
     fingerprint,
     make_buffers,
 )
-from fastdms.ops import sample
+from fastdms.ops import dense_kernel, sample
 
 __all__ = ["NOT_FINITE", "STARVED", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
 
@@ -118,6 +118,14 @@ class ModelRunner:
         if indptr[1] + pieces[0].start >= pieces[0].dense_tokens:
             self._histories.pop(pieces[0].row, None)
         return logits
+
+    @property
+    def dense_kernel(self) -> str | None:
+        """The kernel that dense prefills run by, None where there are none."""
+        decoder = self.decoder
+        if decoder.dms is not None and decoder.dms.prefill == "masked":
+            return None
+        return dense_kernel(decoder.embed.dtype, decoder.config.head_dim, self.device)
 
     def dense_tokens(self, prompt_len: int, num_tokens: int, chunk: int) -> int:
         """How many of a row's first ``num_tokens`` tokens are prefilled densely, ``prompt_len`` of them its prompt.

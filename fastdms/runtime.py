@@ -257,6 +257,13 @@ class CompiledModel:
         return self._report(in_flight or self._last_call)
 
     @property
+    def dense_kernel(self) -> str | None:
+        """What prefills a prompt densely: ``"flash_attn_3"``, ``"cudnn"``, ``"flash_attn_2"``, ``"torch_flash"``,
+        ``"triton"`` or, on the CPU, ``"reference"``; None where prompts are prefilled under the DMS mask.
+        """
+        return self._open_engine().runner.dense_kernel
+
+    @property
     def graphs(self) -> GraphCache:
         """The graph cache of the decode step."""
         return self._open_engine().runner.graphs

@@ -38,6 +38,7 @@ class FakeModel:
         self.now, self.rows, self.new_tokens, self.calls = 0.0, rows, 0, list[int]()
         self.config = SHAPES["tiny"]
         self.dms = fastdms.DMSConfig(window_tokens=7)
+        self.dense_kernel = None
         self.options = resolve_options(
             self.config, device="cpu", dtype=None, kv_dtype="fp8", weights="auto", max_concurrency=rows,
             max_context=200, kv_memory=None, prefill_chunk=64, mode=None,
@@ -148,6 +149,7 @@ def test_each_subcommand_measures_a_random_model(what: str, tmp_path: Path, caps
         assert row["peak_bytes"] > 2**20
         assert row["kv_bytes"] <= row["kv_pool_bytes"]
         assert row["command"].startswith(f"fastdms bench {what} --shape tiny")
+        assert row["dense_kernel"] == ("reference" if row["kept_asked"] == 1 else None)
         if row["kept_asked"] == 1:
             assert (row["live_share"], row["live_share_outside_window"], row["dms"]) == (1.0, None, "off")
         else:

@@ -305,6 +305,8 @@ def test_every_op_is_a_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFi
         assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"]["p50"] / 1e3, rel=0.01, abs=0.001)
         assert row["floor_us"] == pytest.approx(row["bytes"] / 1e5, abs=1e-4)
         assert row["checked"]
+        assert row["dense_kernel"] == ("reference" if row["op"] == "dense_attention" else None)
+        assert line.startswith("dense_attention (reference)") == (row["op"] == "dense_attention")
         assert (row["tflop_s"] is not None) == (row["op"] in ("prefill_attention", "dense_attention", "soft_attention"))
         if row["op"] in ("prefill_attention", "dense_attention"):
             (peer,) = row["peers"].values()

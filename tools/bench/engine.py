@@ -189,6 +189,7 @@ def _facts(subject: Subject, settings: EngineSettings) -> dict[str, Any]:
         "weights": settings.weights,
         "mode": options.mode,
         "prefill_chunk": options.prefill_chunk,
+        "dense_kernel": subject.model.dense_kernel,
         "bandwidth_tb_s": settings.bandwidth_tb_s,
     }
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from fastdms.ops import dense_kernel
 from fastdms.options import resolve_device
 from fastdms.tools.bench.cases import build, launch, restorer
 from fastdms.tools.bench.check import check_op
 from fastdms.tools.bench.figures import floor_ms, spread
 from fastdms.tools.bench.peers import FlashAttention, Peer, decode_peers, find_flash_attention, prefill_peers
 from fastdms.tools.bench.settings import KernelSettings
-from fastdms.tools.bench.spec import Case, Spec
+from fastdms.tools.bench.spec import DTYPE, Case, Spec
 from fastdms.tools.bench.timing import time_launches
 
 __all__ = ["measure_kernels", "specs", "table"]
@@ -76,7 +77,7 @@ def specs(settings: KernelSettings) -> list[Spec]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The figures of all rows, one line each."""
     head = ("op", "D", "KV", "case", "kept", "us p20", "p50", "p80", "GB/s", "floor", "TFLOP/s", "against peers")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         parts: tuple[Any, ...] = (
             row["rows"] and f"{row['rows']} rows",
@@ -86,7 +87,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["length"]:
             parts = (f"{row['length']:,} tokens", row["chunk"] and f"last {row['chunk']:,}")
         lines.append((
-            row["op"],
+            f"{row['op']} ({row['dense_kernel']})" if row["dense_kernel"] else row["op"],
             str(row["head_dim"] or ""),
             row["kv_dtype"] or "",
             ", ".join(part for part in parts if part),
@@ -123,6 +124,7 @@ def _measure(spec: Spec, settings: KernelSettings, flash: FlashAttention, device
         "op": spec.op,
         **{name: getattr(spec, name) if name in depends else None for name in _VARIED},
         **{name: getattr(spec, name) for name in ("kv_heads", "group", "page_size")},
+        "dense_kernel": dense_kernel(DTYPE, spec.head_dim, device) if spec.op == "dense_attention" else None,
         "window": spec.window_tokens,
         "longest": case.longest,
         "kept_asked": spec.kept if "kept" in depends else None,
