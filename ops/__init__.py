@@ -2,6 +2,7 @@
 
 from fastdms.ops.decode_append import decode_append
 from fastdms.ops.decode_attention import decode_attention
+from fastdms.ops.decode_linear import MOST_ROWS, decode_linear
 from fastdms.ops.dense_attention import dense_attention, dense_kernel
 from fastdms.ops.prefill_append import prefill_append
 from fastdms.ops.prefill_attention import prefill_attention
@@ -14,10 +15,12 @@ from fastdms.ops.span_cache import KV_DTYPES, SpanCache
 
 __all__ = [
     "KV_DTYPES",
+    "MOST_ROWS",
     "SpanCache",
     "decision_constants",
     "decode_append",
     "decode_attention",
+    "decode_linear",
     "dense_attention",
     "dense_kernel",
     "prefill_append",

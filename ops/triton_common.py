@@ -93,6 +93,11 @@ def dot_dtype(compute: torch.dtype, stored: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if compute == torch.bfloat16 else tl.float16
 
 
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may come up before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def find_chunk(block, chunk_indptr_ptr, num_chunks, B: tl.constexpr, BLOCK_M: tl.constexpr):
     """Which row's chunk the ``block``-th block of BLOCK_M tokens lies in: ``(chunk, its block, begin, end)``.

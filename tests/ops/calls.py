@@ -54,6 +54,10 @@ class Call:
         self.inputs: dict[str, torch.Tensor] = {
             "decode_append": {"q": q, "k": k, "v": v, **weights, **tables, **batch},
             "decode_attention": {"q": q, **batch},
+            "decode_linear": {
+                "x": normal(size, 40), "weight": normal(24, 40), "bias": normal(24), "norm": normal(40),
+                "residual": normal(size, 12),
+            },
             "prefill_rope": {"q": q, "k": k, **weights, **tables, "positions": chunk["positions"]},
             "prefill_append": {"k": k, "v": v, "decisions": flags, **chunk},
             "prefill_attention": {"q": q, "k": k, "v": v, "decisions": flags, **chunk},
@@ -81,10 +85,12 @@ class Call:
             names = ("page_table", "live_len", "free_pages", "num_free", "starved")
             return function(**inputs, **dict(zip(names, state, strict=True)), page_size=4)
         options: dict[str, Any] = {}
-        if self.op not in ("dense_attention", "prefill_rope", "sample", "soft_attention"):
+        if self.op not in ("decode_linear", "dense_attention", "prefill_rope", "sample", "soft_attention"):
             options["cache"] = SpanCache(*state)
         if self.op == "dense_attention":
             options["start"] = _TOKENS
+        if self.op == "decode_linear":
+            options |= {"norm_eps": 1e-5, "swiglu": True}
         if self.op == "soft_attention":
             options["window_tokens"] = 1
         if self.op.endswith("attention"):

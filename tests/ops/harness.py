@@ -21,6 +21,7 @@ BACKENDS = ("reference", "kernel")
 OPS = (
     "decode_append",
     "decode_attention",
+    "decode_linear",
     "dense_attention",
     "prefill_append",
     "prefill_attention",

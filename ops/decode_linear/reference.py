@@ -1,0 +1,33 @@
+"""The definition of decode_linear in plain PyTorch, fp32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def decode_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    norm_eps: float,
+    residual: torch.Tensor | None,
+    swiglu: bool,
+    fp32_out: bool,
+) -> torch.Tensor:
+    h = x.float()
+    if norm is not None:
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps) * norm.float()
+    y = F.linear(h, weight.float())
+    if scale is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias.float()
+    if swiglu:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    if residual is not None:
+        y = y + residual.float()
+    return y if fp32_out else y.to(x.dtype)

@@ -1,0 +1,302 @@
+"""decode_linear: its definition with every part on and off, and rows that know nothing of each other."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdms.ops import MOST_ROWS, decode_linear
+from fastdms.ops.decode_linear.kernel import prefetch_bytes, tile
+from tests.ops.harness import BACKENDS, DEVICE, on
+from tests.tolerance import LOGITS_RELATIVE, assert_within_error_budget, rounding_band
+
+_GPU = pytest.mark.gpu  # the interpreter rounds bf16 and fp8 wrongly
+_FP8 = torch.float8_e4m3fn
+# (compute dtype, weight dtype)
+_DTYPES = [
+    pytest.param(torch.float32, torch.float32, id="fp32"),
+    pytest.param(torch.float16, torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16", marks=_GPU),
+    pytest.param(torch.bfloat16, _FP8, id="bf16-fp8", marks=_GPU),
+    pytest.param(torch.float16, _FP8, id="fp16-fp8", marks=_GPU),
+    pytest.param(torch.float32, _FP8, id="fp32-fp8", marks=_GPU),
+]
+_EPS = 1e-5
+
+
+def _inputs(
+    rows: int, n: int, k: int, dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None, *,
+    norm: bool = False, bias: bool = False, residual: bool = False, swiglu: bool = False, fp32_out: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of a call of ``n`` output channels."""
+    channels = 2 * n if swiglu else n
+    weight = torch.randn(channels, k) / k**0.5
+    scale = None
+    if weight_dtype == _FP8:
+        scale = weight.abs().amax(1) / torch.finfo(_FP8).max
+        weight = weight / scale[:, None]
+    return {
+        "x": torch.randn(rows, k).to(dtype), "weight": weight.to(weight_dtype or dtype), "scale": scale,
+        "bias": torch.randn(channels).to(dtype) if bias else None, "norm": torch.randn(k).to(dtype) if norm else None,
+        "norm_eps": _EPS, "residual": torch.randn(rows, n).to(dtype) if residual else None, "swiglu": swiglu,
+        "fp32_out": fp32_out,
+    }  # fmt: skip
+
+
+def _to(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def _run(backend: str, inputs: dict[str, Any], gaps: bool = False) -> torch.Tensor:
+    """gaps: x and residual lie in larger buffers, of NaN."""
+    with on(backend) as device:
+        placed = _to(device, inputs)
+        for name in ("x", "residual") if gaps else ():
+            if placed[name] is not None:
+                rows, columns = placed[name].shape
+                buffer = F.pad(placed[name], (0, 9, 0, 3), value=torch.nan)
+                placed[name] = buffer[:rows, :columns]
+        return decode_linear(**placed).cpu()
+
+
+def _oracle(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The definition in fp64; in another dtype with what each layer gives rounded to it."""
+    given = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    h, weight = given["x"], given["weight"]
+    if given["norm"] is not None:
+        h = h / (h.square().mean(-1, keepdim=True) + given["norm_eps"]).sqrt() * given["norm"]
+        h = h.to(dtype).double()
+    if given["scale"] is not None:
+        weight = weight * given["scale"][:, None]
+    y = h @ weight.T
+    if given["bias"] is not None:
+        y = y + given["bias"]
+    if given["swiglu"]:
+        gate, up = y.to(dtype).double().chunk(2, -1)
+        y = F.silu(gate) * up
+    if given["residual"] is not None:
+        y = y.to(dtype).double() + given["residual"]
+    return y
+
+
+def _assert_right(out: torch.Tensor, inputs: dict[str, Any]) -> None:
+    """No element further off than roundings of its terms can move it, however they cancel."""
+    oracle = _oracle(inputs)
+    sizes = {name: x.float().abs() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    terms = _oracle(sizes)
+    of_terms = LOGITS_RELATIVE + (torch.finfo(inputs["x"].dtype).eps if inputs["norm"] is not None else 0.0)
+    error = (out.double() - oracle).abs()
+    assert out.dtype == (torch.float32 if inputs["fp32_out"] else inputs["x"].dtype)
+    assert bool((error <= rounding_band(oracle, out.dtype) + of_terms * terms).all()), f"off by up to {error.max():.3g}"
+
+
+_FLAGS = ("norm", "bias", "residual", "swiglu", "fp32_out")
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), _DTYPES)
+@pytest.mark.parametrize("flags", [(), ("norm",), ("norm", "swiglu"), ("residual", "bias"), _FLAGS], ids="-".join)
+def test_right_and_within_the_error_budget(
+    flags: tuple[str, ...], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """Against roundings to the compute dtype wherever a layer of its own would end."""
+    inputs = _inputs(13, 40, 520, dtype, weight_dtype, **dict.fromkeys(flags, True))
+    oracle, plain = _oracle(inputs), _oracle(inputs, dtype).to(dtype)
+    reference, kernel = (_run(backend, inputs) for backend in BACKENDS)
+    _assert_right(reference, inputs)
+    _assert_right(kernel, inputs)
+    if dtype != torch.float32:
+        assert_within_error_budget(kernel, plain, oracle, dtype)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_size_and_any_part(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, MOST_ROWS), "rows")
+    n, k = data.draw(st.integers(1, 70), "n"), data.draw(st.integers(1, 600), "k")
+    if data.draw(st.booleans(), "aligned"):
+        k = -(-k // 64) * 64
+    dtypes = [(torch.float32, torch.float32), (torch.float16, torch.float16)]
+    if DEVICE.type == "cuda":
+        dtypes += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, _FP8)]
+    dtype, weight_dtype = data.draw(st.sampled_from(dtypes), "dtypes")
+    flags = {name: data.draw(st.booleans(), name) for name in _FLAGS}
+    torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    inputs = _inputs(rows, n, k, dtype, weight_dtype, **flags)
+    for backend in BACKENDS:
+        _assert_right(_run(backend, inputs), inputs)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), _DTYPES)
+@pytest.mark.parametrize("flags", [("norm", "swiglu"), ("residual",)], ids="-".join)
+def test_a_row_is_the_same_in_any_batch_and_place(
+    flags: tuple[str, ...], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """Bit for bit: alone, in each place of every kind of batch, beside other rows, infinities and NaN."""
+    whole = _inputs(MOST_ROWS, 33, 300, dtype, weight_dtype, **dict.fromkeys(flags, True))
+    expected = _run("kernel", whole)
+
+    def check(rows: list[int], others: float | None = None) -> None:
+        part = dict(whole)
+        for name in ("x", "residual"):
+            if whole[name] is not None:
+                part[name] = whole[name][rows]
+                if others is not None:
+                    part[name][1:] = others
+        out = _run("kernel", part)
+        checked = 1 if others is not None else len(rows)
+        assert torch.equal(out[:checked], expected[rows][:checked]), rows
+
+    for row in (0, 7, 15):
+        check([row])
+    check(list(range(15, -1, -1)))
+    check([5, 0, 3])
+    check([9, 9, 2, 4, 11, 9])
+    for others in (torch.nan, torch.inf, -torch.inf, 0.0):
+        check([3, 1, 2], others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flags", [("norm",), ("residual", "swiglu")], ids="-".join)
+def test_rows_with_gaps_and_nothing_read_between_them(backend: str, flags: tuple[str, ...]) -> None:
+    inputs = _inputs(5, 20, 70, torch.float32, None, **dict.fromkeys(flags, True))
+    assert torch.equal(_run(backend, inputs, gaps=True), _run(backend, inputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=_GPU), torch.float32])
+@pytest.mark.parametrize("magnitude", [6e-8, 1e-3, 6e4])
+def test_norms_of_large_and_small_rows(backend: str, dtype: torch.dtype, magnitude: float) -> None:
+    """Where x * norm or its square leaves fp16 although the normalised value does not."""
+    inputs = _inputs(3, 20, 100, dtype, norm=True)
+    inputs["x"] = (torch.rand(3, 100).sub(0.5).sign() * magnitude).to(dtype)
+    inputs["norm"] = inputs["norm"] * 30
+    inputs["norm_eps"] = 1e-12
+    _assert_right(_run(backend, inputs), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_far_from_zero(backend: str) -> None:
+    inputs = _inputs(1, 4, 1, swiglu=True)
+    inputs["x"], inputs["weight"] = torch.ones(1, 1), torch.tensor([-1e4, -80.0, 80, 1e4, 3, 3, 3, 3])[:, None]
+    out = _run(backend, inputs)
+    assert torch.equal(out[0, 2:], torch.tensor([240.0, 3e4]))
+    assert bool((out[0, :2].abs() < 1e-30).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fp32_out", [False, True])
+def test_an_empty_batch(backend: str, fp32_out: bool) -> None:
+    out = _run(backend, _inputs(0, 6, 8, torch.float16, norm=True, residual=True, swiglu=True, fp32_out=fp32_out))
+    assert out.shape == (0, 6)
+    assert out.dtype == (torch.float32 if fp32_out else torch.float16)
+
+
+def test_prefetches_lie_within_their_rows() -> None:
+    sizes = ((1, 8), (8, 24), (2048, 2048), (2048, 8192), (8192, 2048), (128_256, 2048), (151_936, 4096))
+    for (n, k), dtype, swiglu in itertools.product(sizes, (torch.float32, torch.bfloat16, _FP8), (False, True)):
+        weight = torch.empty(n, k, dtype=dtype, device="meta")
+        cut = tile(n, k, weight.element_size(), swiglu)
+        rows, row_bytes = cut.channels * (2 if swiglu else 1), k * weight.element_size()
+        share = prefetch_bytes(weight, cut, swiglu)
+        if row_bytes % 16:
+            assert share == 0
+            continue
+        assert 16 <= share <= row_bytes
+        assert share % 16 == 0
+        assert 32 * cut.warps % rows == 0, "each row is asked for by as many threads"
+
+
+@_GPU
+def test_weights_that_begin_anywhere() -> None:
+    """Rows that no vector load and no prefetch fits, at the end of an allocation too."""
+    for k, offset in ((64, 1), (63, 0), (72, 8), (8, 0), (24, 4)):
+        inputs = _inputs(4, 50, k, torch.bfloat16, norm=True)
+        buffer = torch.empty(50 * k + offset, dtype=torch.bfloat16, device=DEVICE)
+        moved = _to(DEVICE, inputs)
+        moved["weight"] = buffer[offset:].view(50, k)
+        moved["weight"].copy_(inputs["weight"])
+        _assert_right(decode_linear(**moved).cpu(), inputs)
+
+
+@_GPU
+def test_more_weights_than_32_bits_count() -> None:
+    n, k = 2**31 // 16384 + 64, 16384
+    inputs = _inputs(3, 64, k, torch.bfloat16, _FP8)
+    large = _to(DEVICE, inputs)
+    large["weight"] = torch.zeros(n, k, dtype=torch.uint8, device=DEVICE).view(_FP8)
+    large["weight"][-64:].view(torch.uint8).copy_(inputs["weight"].view(torch.uint8))
+    large["scale"] = F.pad(large["scale"], (n - 64, 0))
+    out = decode_linear(**large).cpu()
+    _assert_right(out[:, -64:], inputs)
+    assert not out[:, :-64].any()
+
+
+@_GPU
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_chain_of_dependent_launches(rows: int) -> None:
+    """Each layer begins before the one ahead of it has ended, and reads what that one wrote, in graphs too."""
+    dtype, layers = torch.bfloat16, 12
+    weights = [(torch.randn(4096, 1024, device=DEVICE) / 32, torch.randn(1024, 2048, device=DEVICE) / 45)
+               for _ in range(layers)]  # fmt: skip
+    weights = [(a.to(dtype), b.to(dtype)) for a, b in weights]
+    norm = torch.rand(1024, device=DEVICE).add(0.5).to(dtype)
+
+    def run(x: torch.Tensor, *, wait: bool = False) -> torch.Tensor:
+        for up, down in weights:
+            hidden = decode_linear(x, up, norm=norm, norm_eps=_EPS, swiglu=True)
+            if wait:
+                torch.cuda.synchronize()
+            x = decode_linear(hidden, down, residual=x)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    static = torch.zeros(rows, 1024, dtype=dtype, device=DEVICE)
+    run(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(static)
+    for _ in range(20):
+        x = torch.randn(rows, 1024, device=DEVICE).to(dtype)
+        expected = run(x, wait=True)
+        assert torch.equal(run(x), expected)
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_bad_input_is_named() -> None:
+    x, weight = torch.zeros(2, 8), torch.zeros(6, 8)
+    good: dict[str, Any] = {"x": x, "weight": weight}
+    scale, fp8 = torch.ones(6), weight.to(_FP8)
+    for inputs, message in (
+        ({"x": x[0]}, "x must"),
+        ({"x": x.double()}, "x must"),
+        ({"x": torch.zeros(8, 2).T}, "x must"),
+        ({"x": torch.zeros(MOST_ROWS + 1, 8)}, "17 rows"),
+        ({"weight": weight[:, :7]}, "weight"),
+        ({"weight": weight[:0]}, "weight"),
+        ({"weight": torch.zeros(8, 6).T}, "weight"),
+        ({"weight": weight.half()}, "weight must"),
+        ({"weight": fp8}, "scale"),
+        ({"scale": scale}, "scale"),
+        ({"weight": fp8, "scale": scale[:5]}, "scale"),
+        ({"weight": fp8, "scale": scale.half()}, "scale"),
+        ({"bias": scale[:5]}, "bias"),
+        ({"bias": scale.half()}, "bias"),
+        ({"norm": scale}, "norm"),
+        ({"norm": torch.zeros(8).half()}, "norm"),
+        ({"residual": torch.zeros(2, 5)}, "residual"),
+        ({"residual": torch.zeros(2, 6), "swiglu": True}, "residual"),
+        ({"residual": torch.zeros(2, 6).half()}, "residual"),
+        ({"residual": torch.zeros(6, 2).T}, "residual"),
+        ({"weight": weight[:5], "swiglu": True}, "even"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_linear(**{**good, **inputs})
