@@ -12,10 +12,12 @@ from torch import nn
 from fastdms.cache import CompactCache
 from fastdms.config import DMSConfig, ModelConfig
 from fastdms.ops import (
+    MOST_ROWS,
     SpanCache,
     decision_constants,
     decode_append,
     decode_attention,
+    decode_linear,
     dense_attention,
     prefill_append,
     prefill_attention,
@@ -67,6 +69,34 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: t
     return linear
 
 
+def _apply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    decoding: bool,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    swiglu: bool = False,
+    fp32_out: bool = False,
+) -> torch.Tensor:
+    """A linear layer with what stands around it, as in ``decode_linear``, which few enough rows are decoded by."""
+    if decoding and x.shape[0] <= MOST_ROWS:
+        return decode_linear(
+            x, weight, bias=bias, norm=norm, norm_eps=eps, residual=residual, swiglu=swiglu, fp32_out=fp32_out
+        )
+    if norm is not None:
+        x = F.rms_norm(x, x.shape[-1:], norm, eps)
+    x = F.linear(x, weight, bias)
+    if swiglu:
+        gate, up = x.chunk(2, -1)
+        x = F.silu(gate) * up
+    if residual is not None:
+        x = residual + x
+    return x.float() if fp32_out else x
+
+
 class DecoderLayer(nn.Module):
     """One transformer block with fused qkv and gate_up projections, over one layer of the compact cache."""
 
@@ -112,13 +142,13 @@ class DecoderLayer(nn.Module):
         sin: torch.Tensor,
     ) -> torch.Tensor:
         """One token per row: ``x [B, hidden]`` -> ``[B, hidden]``; the cache is mutated."""
-        q, k, v, alpha = self._project(x)
+        q, k, v, alpha = self._project(x, decoding=True)
         q = decode_append(
             q, k, v, cache, positions=positions, rows=rows, cos=cos, sin=sin, decision=self.decision, shift=self.shift,
             zero_borrowed=self.zero_borrowed, alpha=alpha, q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.eps,
         )  # fmt: skip
         attended = decode_attention(q, cache, positions=positions, rows=rows, sm_scale=self.head_dim**-0.5)
-        return self._finish(x, attended)
+        return self._finish(x, attended, decoding=True)
 
     def prefill(
         self,
@@ -130,7 +160,7 @@ class DecoderLayer(nn.Module):
         sin: torch.Tensor,
     ) -> torch.Tensor:
         """A ragged chunk: ``x [T, hidden]`` -> ``[T, hidden]``; the cache, and a dense history, are mutated."""
-        q, k, v, alpha = self._project(x)
+        q, k, v, alpha = self._project(x, decoding=False)
         q, k, decisions = prefill_rope(
             q, k, positions=chunk.positions, cos=cos, sin=sin, decision=self.decision, zero_borrowed=self.zero_borrowed,
             alpha=alpha, q_norm=self.q_norm, k_norm=self.k_norm, norm_eps=self.eps,
@@ -144,22 +174,25 @@ class DecoderLayer(nn.Module):
                 q, k, v, k_history=history[0], v_history=history[1], start=chunk.start, sm_scale=scale
             )
         prefill_append(k, v, decisions, cache, **ragged, shift=self.shift)
-        return self._finish(x, attended)
+        return self._finish(x, attended, decoding=False)
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        qkv = self.qkv(F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps))
+    def _project(
+        self, x: torch.Tensor, *, decoding: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        qkv = _apply(x, self.qkv.weight, self.qkv.bias, decoding=decoding, norm=self.input_norm, eps=self.eps)
         heads = qkv.view(x.shape[0], -1, self.head_dim)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
         if self.alpha is None:
             return q, k, v, None
         # The adapter sees the residual stream itself, through a norm of its own.
-        return q, k, v, self.alpha(F.rms_norm(x, x.shape[-1:], self.alpha_norm, self.eps))
+        return q, k, v, _apply(x, self.alpha.weight, decoding=decoding, norm=self.alpha_norm, eps=self.eps)
 
-    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        x = x + self.o(attended.flatten(1))
-        gate, up = self.gate_up(F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps)).chunk(2, -1)
-        out: torch.Tensor = x + self.down(F.silu(gate) * up)
-        return out
+    def _finish(self, x: torch.Tensor, attended: torch.Tensor, *, decoding: bool) -> torch.Tensor:
+        x = _apply(attended.flatten(1), self.o.weight, self.o.bias, decoding=decoding, residual=x)
+        hidden = _apply(
+            x, self.gate_up.weight, self.gate_up.bias, decoding=decoding, norm=self.post_norm, eps=self.eps, swiglu=True
+        )
+        return _apply(hidden, self.down.weight, self.down.bias, decoding=decoding, residual=x)
 
 
 class Decoder(nn.Module):
@@ -206,7 +239,7 @@ class Decoder(nn.Module):
         x = F.embedding(tokens, self.embed)
         for index, layer in enumerate(self._layers()):
             x = layer.decode(x, cache.layer(index), positions, rows, self.cos, self.sin)
-        return self._logits(x)
+        return self._logits(x, decoding=True)
 
     def prefill(self, chunk: Chunk, cache: CompactCache) -> torch.Tensor:
         """Logits ``[n, V]`` fp32 of the chunk's wanted tokens."""
@@ -214,11 +247,10 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self._layers()):
             history = (chunk.history.k[index], chunk.history.v[index]) if chunk.history else None
             x = layer.prefill(x, cache.layer(index), chunk, history, self.cos, self.sin)
-        return self._logits(x[chunk.outputs])
+        return self._logits(x[chunk.outputs], decoding=False)
 
     def _layers(self) -> Iterable[DecoderLayer]:
         return cast(Iterable[DecoderLayer], self.layers)
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.rms_norm(x, x.shape[-1:], self.norm, self.config.rms_norm_eps)
-        return F.linear(x, self.lm_head).float()
+    def _logits(self, x: torch.Tensor, *, decoding: bool) -> torch.Tensor:
+        return _apply(x, self.lm_head, decoding=decoding, norm=self.norm, eps=self.config.rms_norm_eps, fp32_out=True)
