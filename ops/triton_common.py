@@ -73,8 +73,8 @@ def pop_pages(num_free_ptr, free, count, most):
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Launch options for a kernel with a DEPENDENT flag, which may come up before the one ahead of it has ended.
 
-    Programmatic dependent launch: before ``gdc_wait`` such a kernel reads nothing that an op writes, and writes nothing;
-    it waits in each of its programs, so that whoever waits for it has waited for all before it.
+    Programmatic dependent launch: before ``gdc_wait`` such a kernel reads nothing that an op writes, and writes
+    nothing; it waits in each of its programs, so that whoever waits for it has waited for all before it.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"DEPENDENT": True, "launch_pdl": True}
@@ -91,11 +91,6 @@ def dot_dtype(compute: torch.dtype, stored: torch.dtype) -> tl.dtype:
     if torch.float32 in (compute, stored):
         return tl.float32
     return tl.bfloat16 if compute == torch.bfloat16 else tl.float16
-
-
-def dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may come up before the one ahead of it has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

@@ -213,9 +213,9 @@ def decode_linear(
         x, weight, scale, bias, norm, residual, out, x.stride(0), 0 if residual is None else residual.stride(0),
         rows, n, k, norm_eps, ROWS=MOST_ROWS, BLOCK_N=cut.channels, BLOCK_K=cut.depth, EVEN_K=k % cut.depth == 0,
         DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, DEPENDENT=dependent,
-        PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent else 0, THREADS=32 * cut.warps,
-        num_warps=cut.warps, num_stages=cut.stages, **({"launch_pdl": True} if dependent else {}),
+        HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,
+        PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent["DEPENDENT"] else 0, THREADS=32 * cut.warps,
+        num_warps=cut.warps, num_stages=cut.stages, **dependent,
     )  # fmt: skip
     return out
 
