@@ -44,8 +44,8 @@ class GraphRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # A pool whose last graph is gone can't be captured into again, so one graph stays.
-        self._anchor = capture(lambda: torch.zeros(1, device="cuda"), self._pool)
+        # A pool whose last graph is gone can't be captured into again, so one stays that takes nothing from it.
+        self._anchor = capture(torch.zeros(1, device="cuda").zero_, self._pool)
 
     def warm_up(self, run: Callable[[], StepOutput]) -> None:
         """Run on a stream of its own, as capturing will."""
