@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdms.ops import MOST_ROWS, decode_linear
-from fastdms.ops.decode_linear.kernel import prefetch_bytes, tile
+from fastdms.ops.decode_linear.kernel import Tile, prefetch_bytes, tile
 from tests.ops.harness import BACKENDS, DEVICE, on
 from tests.tolerance import LOGITS_RELATIVE, assert_within_error_budget, rounding_band
 
@@ -112,6 +113,31 @@ def test_right_and_within_the_error_budget(
     _assert_right(kernel, inputs)
     if dtype != torch.float32:
         assert_within_error_budget(kernel, plain, oracle, dtype)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(
+    "cut", [Tile(32, 64, 4, 3), Tile(64, 128, 4, 4), Tile(16, 16, 2, 2), Tile(128, 32, 8, 3)], ids=str
+)
+def test_any_tile(cut: Tile, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("fastdms.ops.decode_linear.kernel"), "tile", lambda *_: cut)
+    inputs = _inputs(6, 150, 200, torch.float16, norm=True, bias=True, residual=True, swiglu=swiglu)
+    _assert_right(_run("kernel", inputs), inputs)
+
+
+@_GPU
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, _FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("n", "k", "flags"),
+    [(3072, 2048, ("norm",)), (2048, 8192, ("residual",)), (8192, 2048, ("norm", "swiglu")), (6144, 4096, ("norm",)),
+     (12288, 4096, ("norm", "swiglu")), (4096, 12288, ("residual",)), (128_256, 2048, ("norm", "fp32_out"))],
+    ids=str,
+)  # fmt: skip
+def test_layers_of_published_models(n: int, k: int, flags: tuple[str, ...], weight_dtype: torch.dtype) -> None:
+    for rows in (1, 8, 16):
+        inputs = _to(DEVICE, _inputs(rows, n, k, torch.bfloat16, weight_dtype, **dict.fromkeys(flags, True)))
+        oracle, plain = _oracle(inputs), _oracle(inputs, torch.bfloat16).bfloat16()
+        assert_within_error_budget(decode_linear(**inputs), plain, oracle, torch.bfloat16)
 
 
 @settings(max_examples=40)

@@ -14,7 +14,7 @@ from fastdms import ops
 from fastdms.cache import CompactCache
 from fastdms.cli import main
 from fastdms.ops import KV_DTYPES, decode_append
-from fastdms.tools.bench import cases, prompts, spec
+from fastdms.tools.bench import cases, linears, prompts, spec
 from fastdms.tools.bench.cases import build, launch, restorer
 from fastdms.tools.bench.check import check_op
 from fastdms.tools.bench.kernels import specs
@@ -35,6 +35,7 @@ SPEC = Spec(
 SMALL = [
     "kernels", "--device", "cpu", "--rows", "2", "--live", "20", "--length", "40", "--head-dim", "16", "--kv-heads",
     "2", "--group", "2", "--window", "7", "--page-size", "4", "--repeats", "2",
+    "--linear", "tiny.gate_up", "tiny.lm_head",
 ]  # fmt: skip
 
 
@@ -138,6 +139,23 @@ def test_decode_attention_reads_what_is_counted() -> None:
     # K and V: 16 fp8 numbers and a bf16 scale; a page number for each page, a length for each span; q and out in bf16.
     assert case.num_bytes == tokens * 2 * (16 + 2) + 4 * pages + 4 * 6 + 2 * 3 * 6 * 16 * 2
     assert case.longest == int(live.max()) > 100
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+def test_layers_count_their_bytes(weights: str) -> None:
+    for linear, channels, depth, rest in (
+        ("qkv", 128, 64, 3 * (64 + 128) + 64),
+        ("o", 64, 64, 3 * (64 + 64 + 64)),
+        ("gate_up", 256, 64, 3 * (64 + 128) + 64),
+        ("down", 64, 128, 3 * (128 + 64 + 64)),
+        ("lm_head", 512, 64, 3 * (64 + 2 * 512) + 64),
+    ):
+        case = build(replace(SPEC, op="decode_linear", linear=f"tiny.{linear}", weights=weights), CPU, num_sets=1)
+        out = launch(case.spec, case.sets[0], None, 0)
+        assert 0.2 < float(out.float().std()) < 3
+        stored = 2 * channels * depth if weights == "bf16" else channels * (depth + 4)
+        assert case.num_bytes == stored + 2 * rest
+        assert case.num_bytes == out.nbytes + sum(x.nbytes for x in case.sets[0].values())
 
 
 def test_append_and_release_count_their_bytes() -> None:
@@ -256,7 +274,7 @@ def test_the_kernels_themselves_pass_the_check(op: str, monkeypatch: pytest.Monk
         with on(next(backends)):
             return right(*args, **kwargs)
 
-    for module in (cases, prompts, spec):
+    for module in (cases, linears, prompts, spec):
         monkeypatch.setattr(module, "DTYPE", torch.float32)
     monkeypatch.setattr(ops, op, either)
     check_op(replace(SPEC, op=op, kv_dtype="fp32", page_size=16), DEVICE)
@@ -298,7 +316,7 @@ def test_every_op_is_a_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert [json.loads(line) for line in printed.splitlines()] == rows
     assert len(table.splitlines()) == 1 + len(rows)
     assert {row["op"] for row in rows} == set(OPS)
-    assert len(rows) == 2 * 3 + 1 + 2 + 2 + 3 + 1 + 1
+    assert len(rows) == 2 * 3 + 2 * 2 + 1 + 2 + 2 + 3 + 1 + 1
     for row, line in zip(rows, table.splitlines()[1:], strict=True):
         assert line.startswith(row["op"])
         assert row["us"]["p20"] <= row["us"]["p50"] <= row["us"]["p80"]
@@ -338,6 +356,7 @@ def test_each_op_varies_only_what_it_depends_on() -> None:
         "decode_attention": 2 * 2 * 2 * 2 * 3,
         "prefill_attention": 2 * 3 * 2,
         "decode_append": 2 * 2 * 2 * 2,
+        "decode_linear": 10 * 2 * 2,
         "prefill_append": 2 * 2 * 3 * 2,
         "release": 2 * 2 * 3,
         "dense_attention": 2 * 3,

@@ -17,8 +17,10 @@ from fastdms.tools.bench.settings import (
     ENGINE,
     ENGINE_QUICK,
     KERNELS_QUICK,
+    LINEARS,
     OPS,
     SPANS,
+    WEIGHTS,
     EngineSettings,
     KernelSettings,
 )
@@ -87,6 +89,8 @@ def _add_kernel_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", dest="head_dims", metavar="D")
     parser.add_argument("--kv-dtype", nargs="+", dest="kv_dtypes", metavar="DTYPE", help="fp8, bf16 or fp32")
     parser.add_argument("--kept", type=float, nargs="+", metavar="SHARE", help="of the tokens past the window")
+    parser.add_argument("--linear", nargs="+", dest="linears", metavar="LAYER", help=f"of {', '.join(LINEARS)}")
+    parser.add_argument("--weights", nargs="+", metavar="DTYPE", help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--kv-heads", type=int, help="default 8")
     parser.add_argument("--group", type=int, help="query heads of each KV head (default 4)")
     parser.add_argument("--window", type=int, dest="window_tokens", metavar="TOKENS", help="default 256")

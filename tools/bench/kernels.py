@@ -16,7 +16,14 @@ from fastdms.options import resolve_device
 from fastdms.tools.bench.cases import build, launch, restorer
 from fastdms.tools.bench.check import check_op
 from fastdms.tools.bench.figures import floor_ms, spread
-from fastdms.tools.bench.peers import FlashAttention, Peer, decode_peers, find_flash_attention, prefill_peers
+from fastdms.tools.bench.peers import (
+    FlashAttention,
+    Peer,
+    decode_peers,
+    find_flash_attention,
+    linear_peers,
+    prefill_peers,
+)
 from fastdms.tools.bench.settings import KernelSettings
 from fastdms.tools.bench.spec import DTYPE, Case, Spec
 from fastdms.tools.bench.timing import time_launches
@@ -26,6 +33,7 @@ __all__ = ["measure_kernels", "specs", "table"]
 _MOST_CPU_TOKENS = 4096  # the references write the whole mask out
 _DEPENDS_ON = {
     "decode_attention": ("head_dim", "kv_dtype", "rows", "live", "spans"),
+    "decode_linear": ("linear", "weights", "rows"),
     "decode_append": ("head_dim", "kv_dtype", "rows", "kept"),
     "release": ("rows", "live", "spans"),
     "prefill_attention": ("head_dim", "kv_dtype", "length", "chunk", "kept"),
@@ -33,8 +41,14 @@ _DEPENDS_ON = {
     "dense_attention": ("head_dim", "length", "chunk"),
     "soft_attention": ("head_dim", "length", "kept"),
 }
-_VARIED = ("head_dim", "kv_dtype", "rows", "live", "spans", "length", "chunk")
-_PLURALS = {"head_dim": "head_dims", "kv_dtype": "kv_dtypes", "length": "lengths", "chunk": "chunks"}
+_VARIED = ("head_dim", "kv_dtype", "rows", "live", "spans", "length", "chunk", "linear", "weights")
+_PLURALS = {
+    "head_dim": "head_dims",
+    "kv_dtype": "kv_dtypes",
+    "length": "lengths",
+    "chunk": "chunks",
+    "linear": "linears",
+}
 
 
 def measure_kernels(settings: KernelSettings) -> Iterator[dict[str, Any]]:
@@ -47,7 +61,7 @@ def measure_kernels(settings: KernelSettings) -> Iterator[dict[str, Any]]:
         )
     flash = find_flash_attention(settings.peer)
     if settings.check:
-        checked = {(spec.op, spec.head_dim, spec.kv_dtype): spec for spec in cases}
+        checked = {(spec.op, spec.head_dim, spec.kv_dtype, spec.linear, spec.weights): spec for spec in cases}
         for spec in checked.values():
             check_op(spec, device)
     else:
@@ -80,6 +94,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         parts: tuple[Any, ...] = (
+            row["linear"],
+            row["weights"],
             row["rows"] and f"{row['rows']} rows",
             row["live"] and f"{row['live']:,} live",
             row["spans"],
@@ -150,12 +166,14 @@ def _beside(
     """The same by other libraries, and how many times faster the op is than each and than the fastest."""
     if case.spec.op == "decode_attention":
         found = decode_peers(case, flash, device)
+    elif case.spec.op == "decode_linear":
+        found = linear_peers(case)
     elif case.spec.op in ("prefill_attention", "dense_attention"):
         found = prefill_peers(case, flash, device)
     else:
         return {"peers": {}, "times_faster_than_best_peer": None}
     peers: dict[str, dict[str, Any]] = {}
-    if flash.missing:
+    if flash.missing and case.spec.op != "decode_linear":
         peers[flash.name] = {"error": flash.missing}
     for peer in found:
         peers[peer.name] = _time_peer(peer, case, our_us, settings, device)

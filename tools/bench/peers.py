@@ -1,7 +1,8 @@
-"""Other libraries' attention in the same run: FlashAttention 3 where it is to be had, and torch's own."""
+"""Other libraries in the same run: FlashAttention 3 where it is to be had, torch's own attention and its product."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdms.tools.bench.spec import DTYPE, Case, Spec
 
-__all__ = ["FlashAttention", "Peer", "decode_peers", "find_flash_attention", "prefill_peers"]
+__all__ = ["FlashAttention", "Peer", "decode_peers", "find_flash_attention", "linear_peers", "prefill_peers"]
 
 # Where FlashAttention 3 is found, first what vLLM brings.
 _MODULES = ("vllm.vllm_flash_attn.flash_attn_interface", "flash_attn_interface")
@@ -71,6 +72,14 @@ def decode_peers(case: Case, flash: FlashAttention, device: torch.device) -> lis
     q_bytes = 2 * case.sets[0]["q"].nbytes
     tokens = max(1, round((case.num_bytes - q_bytes) / (spec.rows * token_bytes)))
     return [_paged_decode(spec, len(case.sets), tokens, flash, device, spec.rows * tokens * token_bytes + q_bytes)]
+
+
+def linear_peers(case: Case) -> list[Peer]:
+    """Torch's product alone, without what the layer does besides; none of weights in fp8."""
+    if case.spec.weights == "fp8":
+        return []
+    launches: list[Callable[[], Any]] = [functools.partial(F.linear, one["x"], one["weight"]) for one in case.sets]
+    return [Peer(name="product alone", launches=launches, num_bytes=case.num_bytes)]
 
 
 def _paged_decode(

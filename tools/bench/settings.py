@@ -5,11 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["COPY_TB_S", "ENGINE", "ENGINE_QUICK", "KERNELS_QUICK", "OPS", "SPANS", "EngineSettings", "KernelSettings"]
+__all__ = [
+    "COPY_TB_S",
+    "ENGINE",
+    "ENGINE_QUICK",
+    "KERNELS_QUICK",
+    "LINEARS",
+    "OPS",
+    "SPANS",
+    "WEIGHTS",
+    "EngineSettings",
+    "KernelSettings",
+]
 
 COPY_TB_S = 3.0  # what a device copy moves on an NVIDIA H100 80GB HBM3, in 10^12 bytes a second
 OPS = (
     "decode_attention",
+    "decode_linear",
     "prefill_attention",
     "decode_append",
     "prefill_append",
@@ -17,6 +29,12 @@ OPS = (
     "dense_attention",
     "soft_attention",
 )
+LINEARS = tuple(
+    f"{shape}.{layer}"
+    for shape in ("llama-3.2-1b", "qwen3-8b", "tiny")
+    for layer in ("qkv", "o", "gate_up", "down", "lm_head")
+)
+WEIGHTS = ("bf16", "fp8")
 SPANS = ("uniform", "zipf", "one-keeps-all")
 _KV_DTYPES = ("fp32", "bf16", "fp8")
 
@@ -69,6 +87,7 @@ class KernelSettings:
 
     spans: how a batch's live tokens are spread. live: mean live tokens of a span. lengths: tokens of a prompt.
     chunks: how many of them are one chunk, the last; 0: all.
+    linears: layers of published shapes. weights: what theirs are stored in.
     repeats: samples of each figure. peer: folder with other libraries' kernels. check: hold each kernel against its
     reference before it is timed.
 
@@ -84,6 +103,8 @@ class KernelSettings:
     head_dims: tuple[int, ...] = (64, 128)
     kv_dtypes: tuple[str, ...] = ("fp8", "bf16")
     kept: tuple[float, ...] = (1.0, 0.125)
+    linears: tuple[str, ...] = tuple(name for name in LINEARS if not name.startswith("tiny."))
+    weights: tuple[str, ...] = WEIGHTS
     kv_heads: int = 8
     group: int = 4
     window_tokens: int = 256
@@ -99,6 +120,8 @@ class KernelSettings:
             ("ops", self.ops, OPS),
             ("spans", self.spans, SPANS),
             ("kv-dtype", self.kv_dtypes, _KV_DTYPES),
+            ("linear", self.linears, LINEARS),
+            ("weights", self.weights, WEIGHTS),
         ):
             for value in values:
                 if value not in allowed:
@@ -126,7 +149,7 @@ ENGINE_QUICK: dict[str, dict[str, object]] = {
 }
 KERNELS_QUICK: dict[str, object] = {
     "rows": (2,), "live": (320,), "lengths": (384,), "head_dims": (64,), "kept": (1.0, 0.125), "kv_heads": 3,
-    "group": 3, "repeats": 3,
+    "group": 3, "repeats": 3, "linears": ("tiny.gate_up", "tiny.lm_head"),
 }  # fmt: skip
 
 

@@ -13,14 +13,14 @@ from fastdms.ops import KV_DTYPES
 
 __all__ = ["DTYPE", "Case", "Spec"]
 
-DTYPE = torch.bfloat16  # of q, k, v and the output
+DTYPE = torch.bfloat16  # of q, k, v and the output, and of a layer's rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """One case; which of the fields an op depends on is for ``kernels`` to know.
 
-    chunk: tokens of the prompt that are timed, its last ones; 0: all of it.
+    chunk: tokens of the prompt that are timed, its last ones; 0: all of it. linear: shape and layer of decode_linear.
     """
 
     op: str
@@ -36,6 +36,8 @@ class Spec:
     length: int = 1
     chunk: int = 0
     kept: float = 1.0
+    linear: str = "tiny.qkv"
+    weights: str = "bf16"
 
     @property
     def start(self) -> int:

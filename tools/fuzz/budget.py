@@ -57,13 +57,13 @@ def in_precision(
 ) -> tuple[torch.Tensor, ...]:
     """A reference's outputs when all of its inputs and intermediate results are of ``dtype``.
 
-    names, args: as in the op's schema. Pages of fp8 and their scales stay what they are: they are the input.
+    names, args: as in the op's schema. What is stored in fp8 and its scales stay what they are: they are the input.
     """
 
     def cast(name: str, x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             return x.clone() if isinstance(x, torch.Tensor) else x
-        keep = name in ("k_scales", "v_scales") or x.dtype.itemsize == 1
+        keep = name in ("k_scales", "v_scales", "scale") or x.dtype.itemsize == 1
         return x.clone() if keep else x.clone().to(dtype)
 
     cast_args = [cast(name, x) for name, x in zip(names, args, strict=True)]

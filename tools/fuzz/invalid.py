@@ -75,10 +75,23 @@ _SOFT: dict[str, Change] = {
     "another dtype": lambda x: x.double(),
     "one token less": lambda x: x[:, :, :-1],
 }
+_ROWS: dict[str, Change] = {
+    **{name: _HEADS[name] for name in ("integers", "one dimension more", "one channel less", _ANY_STRIDE)},
+    "fp64": lambda x: x.double(),
+    "17 rows": lambda x: x.new_zeros(17, x.shape[1]),
+}
+_VECTOR: dict[str, Change] = {"fp64": lambda x: x.double(), "one dimension more": lambda x: x.unsqueeze(0), **_LONGER}
 # What makes a valid call invalid, by op: changes of inputs, and bad values of options.
 _INPUTS: dict[str, dict[str, dict[str, Change]]] = {
     "decode_append": {**_TOKENS, "rows": {**_INTS, **_LONGER}},
     "decode_attention": {"q": _HEADS, "rows": {**_INTS, **_LONGER}, "positions": {**_INTS, **_LONGER}},
+    "decode_linear": {
+        "x": _ROWS, "residual": _ROWS, **dict.fromkeys(("scale", "bias", "norm"), _VECTOR),
+        "weight": {
+            "none": lambda x: x[:0], "one channel less": lambda x: x[:, :-1],
+            **{name: _PAGES[name] for name in ("fp64", "bytes", "strided")},
+        },
+    },
     "prefill_rope": {name: changes for name, changes in _TOKENS.items() if name != "v"},
     "prefill_append": _CHUNK,
     "prefill_attention": {**_CHUNK, "q": _HEADS},

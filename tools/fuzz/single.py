@@ -1,4 +1,4 @@
-"""Ops without a cache, one call at a time: dense_attention, sample and soft_attention."""
+"""Ops without a cache, one call at a time: decode_linear, dense_attention, sample and soft_attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdms.ops import soft_attention
+from fastdms.ops import MOST_ROWS, soft_attention
+from fastdms.ops.decode_linear import reference as linear_reference
 from fastdms.ops.sample.reference import LARGEST_UNIFORM, philox
 from fastdms.ops.soft_attention import reference as soft_reference
 from fastdms.tools.fuzz.budget import FP32_ROUNDING, Budget, WrongAnswer, in_precision
@@ -18,8 +19,9 @@ from fastdms.tools.fuzz.tally import Tally
 
 __all__ = ["SINGLE_OPS", "run_single"]
 
-SINGLE_OPS = ("dense_attention", "sample", "soft_attention")
+SINGLE_OPS = ("decode_linear", "dense_attention", "sample", "soft_attention")
 _INVALID_CALLS = 0.15
+_MOST_CHANNELS = 2000  # the reference multiplies in fp64, on the CPU
 _SOFT_TOKENS = 250  # the reference holds a score for each pair of tokens
 # log(noise) with noise >= 2^-6 computed as -log(1 - u) to 2^-21: off by 2^-15 of itself, and no more beyond the series.
 _NOISE_ERROR = 2.0**-14
@@ -27,13 +29,51 @@ _NOISE_ERROR = 2.0**-14
 
 def run_single(op: str, setting: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
     """One call of ``op`` and perhaps an invalid one before it; WrongAnswer if it is wrong."""
-    {"dense_attention": _dense, "sample": _sample, "soft_attention": _soft}[op](setting, rng, device, tally)
+    runs = {"decode_linear": _linear, "dense_attention": _dense, "sample": _sample, "soft_attention": _soft}
+    runs[op](setting, rng, device, tally)
 
 
 def _reject(call: Call, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
     if rng.random() < _INVALID_CALLS:
         check_rejected(call, rng, device, None, {})
         tally.reject(call.op)
+
+
+def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    op, rows, dtype = "decode_linear", int(rng.integers(0, MOST_ROWS + 1)), s.dtype
+    width = min(s.num_heads * s.head_dim, _MOST_CHANNELS)
+    depth = pick(rng, s.head_dim, width, int(rng.integers(1, 600)))
+    outputs = pick(rng, s.num_kv_heads, width, min(s.vocab, _MOST_CHANNELS))
+    swiglu, fp32_out = (bool(rng.random() < 0.4) for _ in range(2))
+    channels = 2 * outputs if swiglu else outputs
+    weight, scale = numbers(rng, (channels, depth), torch.float32) / depth**0.5, None
+    if s.kv_dtype == torch.float8_e4m3fn:
+        scale = weight.abs().amax(1).clamp_min(1e-6) / torch.finfo(s.kv_dtype).max
+        weight = weight / scale[:, None]
+
+    def perhaps(*shape: int) -> torch.Tensor | None:
+        return numbers(rng, shape, dtype) if rng.random() < 0.5 else None
+
+    inputs = {
+        "x": numbers(rng, (rows, depth), dtype), "weight": weight.to(dtype if scale is None else s.kv_dtype),
+        "scale": scale, "bias": perhaps(channels), "norm": perhaps(depth), "residual": perhaps(rows, outputs),
+    }  # fmt: skip
+    options: dict[str, Any] = {"norm_eps": float(rng.choice([1e-5, 1e-6])), "swiglu": swiglu, "fp32_out": fp32_out}
+    gaps = {name: (0, s.gap_channels) for name in ("x", "residual") if inputs[name] is not None}
+    call = Call(op=op, inputs=inputs, options=options, gaps=gaps)
+    _reject(call, rng, device, tally)
+    (out,), _ = call.run_kernel(device)
+    expected = evaluate(call, None, dtype)
+    # What the sums are made of, however they cancel; a kernel rounds the normalised rows, whose sum may be small, too.
+    x, w, *parts = (None if t is None else t.float().abs() for t in inputs.values())
+    assert x is not None
+    assert w is not None
+    scale, bias, norm, residual = parts
+    sizes = linear_reference.decode_linear(x, w, scale, bias, norm, options["norm_eps"], residual, swiglu, True)
+    terms = depth + 8 + (torch.finfo(dtype).eps / FP32_ROUNDING if norm is not None else 0.0)
+    budget = Budget(terms=terms, scale=float(sizes.max()) if rows else 0.0)
+    budget.check(op, "output", out, expected.plain[0], expected.truth[0], torch.ones(rows, dtype=torch.bool))
+    tally.count(op, rows)
 
 
 def _dense(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:

@@ -1,0 +1,65 @@
+"""Inputs of decode_linear: layers of published shapes, each with the norm, SwiGLU or residual that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastdms.tools.bench.spec import DTYPE, Case, Spec
+from fastdms.tools.bench.timing import cold_sets
+from fastdms.tools.shapes import SHAPES
+
+__all__ = ["build_linear", "linear_options", "on_tiny"]
+
+
+def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal: Callable[..., torch.Tensor]) -> Case:
+    """Weights such that rows of unit spread give rows of unit spread."""
+    layer = spec.linear.partition(".")[2]
+    outputs, depth = _size(spec)
+    channels = 2 * outputs if layer == "gate_up" else outputs
+    num_bytes = channels * depth * (1 if spec.weights == "fp8" else DTYPE.itemsize)
+    num_bytes += 4 * channels if spec.weights == "fp8" else 0
+    num_bytes += spec.rows * (depth * DTYPE.itemsize + outputs * (4 if layer == "lm_head" else DTYPE.itemsize))
+    num_bytes += DTYPE.itemsize * (spec.rows * outputs if _adds(layer) else depth)  # residual or norm
+    sets = []
+    for _ in range(num_sets or cold_sets(num_bytes, device)):
+        weight = normal(channels, depth) / depth**0.5
+        one = {"x": normal(spec.rows, depth), "weight": weight}
+        if spec.weights == "fp8":
+            scale = weight.float().abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+            one |= {"weight": (weight / scale[:, None]).to(torch.float8_e4m3fn), "scale": scale}
+        one |= {"residual": normal(spec.rows, outputs)} if _adds(layer) else {"norm": normal(depth)}
+        sets.append(one)
+    return Case(spec=spec, sets=sets, cache=None, num_bytes=num_bytes)
+
+
+def linear_options(spec: Spec) -> dict[str, Any]:
+    """What a launch takes besides tensors."""
+    layer = spec.linear.partition(".")[2]
+    return {"norm_eps": 1e-5, "swiglu": layer == "gate_up", "fp32_out": layer == "lm_head"}
+
+
+def on_tiny(spec: Spec) -> Spec:
+    """The same layer of the smallest shape."""
+    return replace(spec, linear="tiny." + spec.linear.partition(".")[2])
+
+
+def _size(spec: Spec) -> tuple[int, int]:
+    """Output channels, and weights of each."""
+    shape, _, layer = spec.linear.partition(".")
+    c = SHAPES[shape]
+    attended = c.num_heads * c.head_dim
+    return {
+        "qkv": (attended + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
+        "o": (c.hidden_size, attended),
+        "gate_up": (c.intermediate_size, c.hidden_size),
+        "down": (c.hidden_size, c.intermediate_size),
+        "lm_head": (c.vocab_size, c.hidden_size),
+    }[layer]
+
+
+def _adds(layer: str) -> bool:
+    return layer in ("o", "down")
