@@ -18,10 +18,28 @@ from fastdms.ops.triton_common import dependent_launch, dot_dtype
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
 _VECTOR_BYTES = 16
+# Four fp8 numbers to bf16: with its bits moved to their places there each is itself times 2^-120, subnormals too.
+_FP8_TO_BF16 = tl.constexpr("""{
+.reg .b32 a, b, s, t, p;
+mov.b32 p, 0x7b807b80;
+prmt.b32 a, $2, 0, 0x1404;
+prmt.b32 b, $2, 0, 0x3424;
+shr.b32 s, a, 4;
+shr.b32 t, b, 4;
+and.b32 s, s, 0x07f007f0;
+and.b32 t, t, 0x07f007f0;
+lop3.b32 a, a, 0x80008000, s, 0xea;
+lop3.b32 b, b, 0x80008000, t, 0xea;
+mul.bf16x2 $0, a, p;
+mul.bf16x2 $1, b, p;
+}""")
 
 
 class Tile(NamedTuple):
-    """Output channels of a program (twice as many rows of weights with swiglu), columns of a tile, warps, stages."""
+    """Output channels of a program (twice as many rows of weights with swiglu), columns of a tile, warps, stages.
+
+    Each warp multiplies its own share of the columns, at least 16 of them, and the warps' sums are added in the end.
+    """
 
     channels: int
     depth: int
@@ -33,9 +51,9 @@ def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
     """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each."""
     channels = next(size for size in (64, 32, 16) if n >= 512 * size or size == 16)
     if element_bytes == 4:
-        return Tile(channels=16, depth=32, warps=4, stages=2)
+        return Tile(channels=16, depth=64, warps=4, stages=2)
     rows = channels * (2 if swiglu else 1)
-    depth = min(256 if rows <= 32 else 128, max(16, triton.next_power_of_2(k)))
+    depth = min(256 if rows <= 32 else 128, max(64, triton.next_power_of_2(k)))
     return Tile(channels=channels, depth=depth, warps=4, stages=5 if rows <= 32 else 4)
 
 
@@ -76,22 +94,32 @@ def _prefetch_weights(
 
 @triton.jit
 def _load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K: tl.constexpr):
-    """``[BLOCK_N, BLOCK_K]``: columns ``k + o_k`` of the rows ``o_n``; zero past K."""
-    at = weight_ptr + o_n.to(tl.int64)[:, None] * K + (k + o_k)[None, :]
+    """``[WARPS, BLOCK_N, PART_K]``: columns ``k + o_k`` of the rows ``o_n``; zero past K."""
+    at = weight_ptr + o_n.to(tl.int64)[None, :, None] * K + (k + o_k)[:, None, :]
     if EVEN_K:
         return tl.load(at, eviction_policy="evict_first")
     else:
-        return tl.load(at, mask=(k + o_k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        return tl.load(at, mask=(k + o_k < K)[:, None, :], other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _to_dot(b_w, DOT: tl.constexpr):
+    """Weights as the matrix units take them; fp8 must be no NaN. The compiler's own conversion to bf16 is slow."""
+    if b_w.dtype == tl.float8e4nv and tl.bfloat16 == DOT:
+        b_bits = b_w.to(tl.uint8, bitcast=True)
+        return tl.inline_asm_elementwise(_FP8_TO_BF16, "=r,=r,r", [b_bits], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        return b_w.to(DOT)
 
 
 @triton.jit
 def _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K: tl.constexpr):
-    """``[ROWS, BLOCK_K]``: columns ``k + o_k`` of x; zero past the last row and past K."""
-    at = x_ptr + o_r.to(tl.int64)[:, None] * stride_x_row + (k + o_k)[None, :]
+    """``[WARPS, ROWS, PART_K]``: columns ``k + o_k`` of x; zero past the last row and past K."""
+    at = x_ptr + o_r.to(tl.int64)[None, :, None] * stride_x_row + (k + o_k)[:, None, :]
     if EVEN_K:
-        return tl.load(at, mask=m_r[:, None], other=0.0)
+        return tl.load(at, mask=m_r[None, :, None], other=0.0)
     else:
-        return tl.load(at, mask=m_r[:, None] & (k + o_k < K)[None, :], other=0.0)
+        return tl.load(at, mask=m_r[None, :, None] & (k + o_k < K)[:, None, :], other=0.0)
 
 
 @triton.jit
@@ -121,6 +149,7 @@ def _decode_linear_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
     EVEN_K: tl.constexpr,
     DOT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -130,7 +159,6 @@ def _decode_linear_kernel(
     SWIGLU: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """out = act(inverse * (x * norm) weight^T * scale + bias) + residual, inverse = 1 / sqrt(mean(x^2) + eps)."""
     if DEPENDENT:
@@ -139,12 +167,13 @@ def _decode_linear_kernel(
     if PREFETCH > 0:
         _prefetch_weights(
             weight_ptr, first, N - 1, N, K * weight_ptr.dtype.element_ty.primitive_bitwidth // 8,
-            2 * BLOCK_N if SWIGLU else BLOCK_N, PREFETCH, THREADS, SWIGLU,
+            2 * BLOCK_N if SWIGLU else BLOCK_N, PREFETCH, 32 * WARPS, SWIGLU,
         )  # fmt: skip
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
+    PART_K: tl.constexpr = BLOCK_K // WARPS
     o_r = tl.arange(0, ROWS)
-    o_k = tl.arange(0, BLOCK_K)
+    o_k = tl.arange(0, WARPS)[:, None] * PART_K + tl.arange(0, PART_K)[None, :]  # [WARPS, PART_K]
     m_r = o_r < B
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < N
@@ -152,31 +181,33 @@ def _decode_linear_kernel(
     b_inverse = tl.full([ROWS], 1.0, tl.float32)
     # fp16 can't hold every x * norm whose normalised value it holds, so there the rows are normalised first.
     NORM_FIRST: tl.constexpr = HAS_NORM and tl.float16 == DOT
-    b_squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    b_squares = tl.zeros([WARPS, ROWS, PART_K], tl.float32)
     if NORM_FIRST:
         for k in range(0, K, BLOCK_K):
             b_x = _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K).to(tl.float32)
             b_squares += b_x * b_x
-        b_inverse = 1.0 / tl.sqrt_rn(tl.sum(b_squares, 1) / K + norm_eps)
-    acc = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    acc_up = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        b_inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_squares, 2), 0) / K + norm_eps)
+    acc = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
+    acc_up = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         b_x = _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K)
         if HAS_NORM:
             b_norm = tl.load(norm_ptr + k + o_k, mask=k + o_k < K, other=0.0).to(tl.float32)
             b_x = b_x.to(tl.float32)
             if NORM_FIRST:
-                b_x *= b_inverse[:, None]
+                b_x *= b_inverse[None, :, None]
             else:
                 b_squares += b_x * b_x
-            b_x = (b_x * b_norm[None, :]).to(DOT)
-        b_w = _load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K).to(DOT)
-        acc = tl.dot(b_x, tl.trans(b_w), acc, input_precision="ieee")
+            b_x = (b_x * b_norm[:, None, :]).to(DOT)
+        b_w = _to_dot(_load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K), DOT)
+        acc = tl.dot(b_x, tl.permute(b_w, (0, 2, 1)), acc, input_precision="ieee")
         if SWIGLU:
-            b_up = _load_weights(weight_ptr, o_n + N, o_k, k, K, EVEN_K).to(DOT)
-            acc_up = tl.dot(b_x, tl.trans(b_up), acc_up, input_precision="ieee")
+            b_up = _to_dot(_load_weights(weight_ptr, o_n + N, o_k, k, K, EVEN_K), DOT)
+            acc_up = tl.dot(b_x, tl.permute(b_up, (0, 2, 1)), acc_up, input_precision="ieee")
+    acc = tl.sum(acc, 0)
+    acc_up = tl.sum(acc_up, 0)
     if HAS_NORM and not NORM_FIRST:
-        b_inverse = 1.0 / tl.sqrt_rn(tl.sum(b_squares, 1) / K + norm_eps)
+        b_inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_squares, 2), 0) / K + norm_eps)
         acc *= b_inverse[:, None]
         acc_up *= b_inverse[:, None]
     acc = _scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
@@ -211,10 +242,10 @@ def decode_linear(
     dependent = dependent_launch(x.device)
     _decode_linear_kernel[(triton.cdiv(n, cut.channels),)](
         x, weight, scale, bias, norm, residual, out, x.stride(0), 0 if residual is None else residual.stride(0),
-        rows, n, k, norm_eps, ROWS=MOST_ROWS, BLOCK_N=cut.channels, BLOCK_K=cut.depth, EVEN_K=k % cut.depth == 0,
-        DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,
-        PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent["DEPENDENT"] else 0, THREADS=32 * cut.warps,
+        rows, n, k, norm_eps, ROWS=MOST_ROWS, BLOCK_N=cut.channels, BLOCK_K=cut.depth, WARPS=cut.warps,
+        EVEN_K=k % cut.depth == 0, DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None,
+        HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,
+        PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent["DEPENDENT"] else 0,
         num_warps=cut.warps, num_stages=cut.stages, **dependent,
     )  # fmt: skip
     return out

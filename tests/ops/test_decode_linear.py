@@ -117,7 +117,7 @@ def test_right_and_within_the_error_budget(
 
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize(
-    "cut", [Tile(32, 64, 4, 3), Tile(64, 128, 4, 4), Tile(16, 16, 2, 2), Tile(128, 32, 8, 3)], ids=str
+    "cut", [Tile(32, 64, 4, 3), Tile(64, 128, 4, 4), Tile(16, 32, 2, 2), Tile(128, 128, 8, 3)], ids=str
 )
 def test_any_tile(cut: Tile, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("fastdms.ops.decode_linear.kernel"), "tile", lambda *_: cut)
