@@ -32,7 +32,7 @@ def decode_linear(
     ``[B, N_out]`` with unit last stride, all in x's dtype.
     swiglu: weight is ``[2 F, K]``, gate then up, and the result ``silu(gate) * up``, so N_out is F; else N_out is N.
     The residual comes last. Sums are fp32. Returns ``[B, N_out]`` in x's dtype, or in fp32 with ``fp32_out``. On CUDA
-    a row's result is the same, bit for bit, in whichever batch and place it comes.
+    a row of a contiguous x gives the same result, bit for bit, in whichever batch and place it comes.
     Raises ValueError on shapes or dtypes that don't fit.
     """
     check(

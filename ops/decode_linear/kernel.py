@@ -241,7 +241,7 @@ def decode_linear(
     cut = tile(n, k, 4 if x.dtype == torch.float32 else weight.element_size(), swiglu)
     dependent = dependent_launch(x.device)
     _decode_linear_kernel[(triton.cdiv(n, cut.channels),)](
-        x, weight, scale, bias, norm, residual, out, x.stride(0), 0 if residual is None else residual.stride(0),
+        x, weight, scale, bias, norm, residual, out, _row_stride(x), n if residual is None else _row_stride(residual),
         rows, n, k, norm_eps, ROWS=MOST_ROWS, BLOCK_N=cut.channels, BLOCK_K=cut.depth, WARPS=cut.warps,
         EVEN_K=k % cut.depth == 0, DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,
@@ -249,6 +249,11 @@ def decode_linear(
         num_warps=cut.warps, num_stages=cut.stages, **dependent,
     )  # fmt: skip
     return out
+
+
+def _row_stride(x: torch.Tensor) -> int:
+    """Of one row any stride is true; with its length the compiler sees what it sees of several."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 def prefetch_bytes(weight: torch.Tensor, cut: Tile, swiglu: bool) -> int:

@@ -17,7 +17,7 @@ __all__ = ["build_linear", "linear_options", "on_tiny"]
 
 def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal: Callable[..., torch.Tensor]) -> Case:
     """Weights such that rows of unit spread give rows of unit spread."""
-    layer = spec.linear.partition(".")[2]
+    layer = spec.linear.rpartition(".")[2]
     outputs, depth = _size(spec)
     channels = 2 * outputs if layer == "gate_up" else outputs
     num_bytes = channels * depth * (1 if spec.weights == "fp8" else DTYPE.itemsize)
@@ -38,18 +38,18 @@ def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal:
 
 def linear_options(spec: Spec) -> dict[str, Any]:
     """What a launch takes besides tensors."""
-    layer = spec.linear.partition(".")[2]
+    layer = spec.linear.rpartition(".")[2]
     return {"norm_eps": 1e-5, "swiglu": layer == "gate_up", "fp32_out": layer == "lm_head"}
 
 
 def on_tiny(spec: Spec) -> Spec:
     """The same layer of the smallest shape."""
-    return replace(spec, linear="tiny." + spec.linear.partition(".")[2])
+    return replace(spec, linear="tiny." + spec.linear.rpartition(".")[2])
 
 
 def _size(spec: Spec) -> tuple[int, int]:
     """Output channels, and weights of each."""
-    shape, _, layer = spec.linear.partition(".")
+    shape, _, layer = spec.linear.rpartition(".")
     c = SHAPES[shape]
     attended = c.num_heads * c.head_dim
     return {
