@@ -49,12 +49,12 @@ class Tile(NamedTuple):
 
 def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
     """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each."""
-    channels = next(size for size in (64, 32, 16) if n >= 512 * size or size == 16)
     if element_bytes == 4:
         return Tile(channels=16, depth=64, warps=4, stages=2)
-    rows = channels * (2 if swiglu else 1)
-    depth = min(256 if rows <= 32 else 128, max(64, triton.next_power_of_2(k)))
-    return Tile(channels=channels, depth=depth, warps=4, stages=5 if rows <= 32 else 4)
+    channels = 16 if swiglu or n < 512 * 32 else 32
+    # Of fewer columns the norm is less than 4 bytes a thread, which are not copied ahead.
+    depth = min(256, max(64, triton.next_power_of_2(k)))
+    return Tile(channels=channels, depth=depth, warps=4, stages=5)
 
 
 @triton.jit

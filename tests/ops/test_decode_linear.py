@@ -238,6 +238,20 @@ def test_prefetches_lie_within_their_rows() -> None:
         assert 32 * cut.warps % rows == 0, "each row is asked for by as many threads"
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("kernel", marks=_GPU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_fp8_weight(dtype: torch.dtype, backend: str) -> None:
+    """All but NaN, subnormals among them, exactly."""
+    stored = torch.arange(256, dtype=torch.uint8).view(_FP8)
+    stored = stored[~stored.float().isnan()]
+    weight = torch.zeros(len(stored), 80)
+    weight[:, 70] = stored.float()
+    x = torch.zeros(1, 80, dtype=dtype)
+    x[0, 70] = 1.0
+    inputs = {"x": x, "weight": weight.to(_FP8), "scale": torch.full((len(stored),), 0.5), "fp32_out": True}
+    assert torch.equal(_run(backend, inputs)[0], stored.float() / 2)
+
+
 @_GPU
 def test_weights_that_begin_anywhere() -> None:
     """Rows that no vector load and no prefetch fits, at the end of an allocation too."""
