@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from fastdms.request import Request
-from fastdms.runner import NOT_FINITE, STARVED, ModelRunner, PrefillPiece, fill_chunk
+from fastdms.runner import NOT_FINITE, STARVED, Flight, ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["Engine"]
 
@@ -24,13 +24,19 @@ class Engine:
     exception, for its spans may be half written.
 
     Threads may share an engine: every method holds ``lock``, and whoever steps carries all requests on.
+
+    run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on. What a row
+    that turns out to have ended did in it is dropped with its pages.
     """
 
-    def __init__(self, runner: ModelRunner, *, prefill_chunk: int) -> None:
+    def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
         self.runner = runner
         self.cache = runner.cache
         self.lock = threading.RLock()
         self._prefill_chunk = prefill_chunk
+        self._run_ahead = run_ahead
+        # A decode step whose tokens are not read yet, and its requests; None for one that has left since.
+        self._flight: tuple[list[Request | None], Flight] | None = None
         self._taken_rows: set[int] = set()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -57,6 +63,7 @@ class Engine:
     def take_rows(self, count: int) -> list[int]:
         """Free rows for direct use of the runner, until ``return_rows``; ValueError if too few are free."""
         with self.lock:
+            self.settle()
             free = self._free_rows()
             if count > len(free):
                 raise ValueError(
@@ -74,10 +81,18 @@ class Engine:
 
     def step(self) -> None:
         """Admit what fits, run at most one prefill chunk, then one decode step for every row that is ready."""
+        self._carefully(self._step)
+
+    def settle(self) -> None:
+        """Read the tokens of the decode step under way, if there is one."""
+        self._carefully(self._land)
+
+    def _carefully(self, act: Callable[[], None]) -> None:
         with self.lock:
             try:
-                self._step()
+                act()
             except BaseException:
+                self._flight = None
                 for request in list(self._running):
                     self._leave(request)
                     if request.finished:
@@ -88,6 +103,11 @@ class Engine:
                 raise
 
     def _step(self) -> None:
+        if self._flight is not None:
+            if self._goes_on(self._flight[0]):
+                self._land(self.runner.decode(None))
+                return
+            self._land()
         self._admit()
         prefilling = [request for request in self._running if not request.prefilled]
         if prefilling:
@@ -165,16 +185,35 @@ class Engine:
                 self._accept(request, token, row)
 
     def _decode(self, requests: Sequence[Request]) -> None:
-        next_tokens, logits = self.runner.decode([request.row_input() for request in requests])
-        tokens, alone = next_tokens.tolist(), len(self._running) == 1
-        for request, token in zip(requests, tokens, strict=True):
-            if token == STARVED:
+        self._flight = list(requests), self.runner.decode([request.row_input() for request in requests])
+        if not self._run_ahead or any(request.logprobs is not None for request in requests):
+            self._land()
+
+    def _goes_on(self, requests: Sequence[Request | None]) -> bool:
+        """Whether the next step is for the rows of the one under way, unless its tokens end one of them."""
+        return (
+            self._running == requests
+            and not (self._waiting and self._free_rows())
+            and all(len(request.output_ids) + 1 < request.max_tokens for request in self._running)
+        )
+
+    def _land(self, ahead: Flight | None = None) -> None:
+        """Read the step under way; ``ahead``: the one after it for the same rows, which has been started."""
+        if self._flight is None:
+            return
+        requests, flight = self._flight
+        tokens = flight.land()
+        self._flight = None if ahead is None else (requests, ahead)
+        landed = [(i, request) for i, request in enumerate(requests) if request is not None]
+        alone = len(self._running) == 1
+        for i, request in landed:
+            if tokens[i] == STARVED:
                 self._starve(request, alone, lost_tokens=1)
             else:
                 request.computed += 1
-        for request, token, row in zip(requests, tokens, logits, strict=True):
-            if token != STARVED:
-                self._accept(request, token, row)
+        for i, request in landed:
+            if tokens[i] != STARVED:
+                self._accept(request, tokens[i], flight.logits[i])
 
     def _accept(self, request: Request, token: int, logits: torch.Tensor) -> None:
         if token == NOT_FINITE:
@@ -206,6 +245,9 @@ class Engine:
     def _leave(self, request: Request, lost_tokens: int = 0) -> None:
         """``lost_tokens``: of a step that found no page; the spans that had room for them hold them all the same."""
         row = _row(request)
+        if self._flight is not None and request in self._flight[0]:
+            self._flight[0][self._flight[0].index(request)] = None
+            lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
         self._learn(request)
         self.runner.release([row])

@@ -22,7 +22,7 @@ from fastdms.graphs import (
 )
 from fastdms.ops import dense_kernel, sample
 
-__all__ = ["NOT_FINITE", "STARVED", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
+__all__ = ["NOT_FINITE", "STARVED", "Flight", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
 
 # In place of a sampled token.
 STARVED = -1  # the row found no page in this step or an earlier one
@@ -48,6 +48,22 @@ class PrefillPiece:
     token_ids: Sequence[int]
     start: int
     dense_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A decode step under way; its logits ``[n, V]`` fp32 are valid until the next one."""
+
+    _tokens: torch.Tensor
+    logits: torch.Tensor
+    _landed: torch.cuda.Event | None
+
+    def land(self) -> list[int]:
+        """Wait for the sampled tokens; ``STARVED`` or ``NOT_FINITE`` where there is none."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
 
 
 def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[PrefillPiece]:
@@ -84,7 +100,11 @@ class ModelRunner:
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
             starved = cache.starved.index_select(0, inputs.rows) != 0
-            return torch.where(starved, STARVED, _sample(logits, inputs)), logits
+            tokens = torch.where(starved, STARVED, _sample(logits, inputs))
+            # What the same rows' next step begins with, if the host has nothing to say about it.
+            inputs.tokens.copy_(tokens.clamp_min(0))
+            inputs.positions.add_(inputs.positions >= 0)
+            return tokens, logits
 
         with inference(self.device):
             self.graphs = GraphCache(
@@ -136,13 +156,20 @@ class ModelRunner:
             return num_tokens if num_tokens >= chunk else 0
         return prompt_len if self.decoder.dms.prefill == "dense" else 0
 
-    def decode(self, inputs: Sequence[RowInput]) -> StepOutput:
-        """One token for each of ``inputs``: next tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next.
+    def decode(self, inputs: Sequence[RowInput] | None) -> Flight:
+        """Start a step that feeds one token for each of ``inputs`` and samples the next.
 
-        A next token is ``STARVED`` or ``NOT_FINITE`` where there is none.
+        None: for the rows of the last step, each fed what it sampled, which the host need not know yet.
         """
         with inference(self.device):
-            return self.graphs.run(inputs)
+            tokens, logits = self.graphs.run_on() if inputs is None else self.graphs.run(inputs)
+            if self.device.type != "cuda":
+                return Flight(tokens.clone(), logits, None)
+            landed = torch.cuda.Event()
+            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            on_host.copy_(tokens, non_blocking=True)
+            landed.record()
+            return Flight(on_host, logits, landed)
 
     def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
         """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave."""

@@ -125,7 +125,9 @@ class CompiledModel:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         self.config, self.dms, self.options, self.tokenizer = config, dms, options, tokenizer
-        self._engine: Engine | None = Engine(runner, prefill_chunk=options.prefill_chunk)
+        self._engine: Engine | None = Engine(
+            runner, prefill_chunk=options.prefill_chunk, run_ahead=options.device.type == "cuda"
+        )
         self._prompts = PromptReader(config, tokenizer, options.max_context)
         self._arrivals = 0
         self._last_call: list[RowUsage] = []
@@ -253,6 +255,7 @@ class CompiledModel:
         """KV memory of the rows in flight, or, when there are none, of those of the last finished call."""
         engine = self._open_engine()
         with engine.lock:
+            engine.settle()
             in_flight = [engine.cache.usage(r.row, r.computed) for r in engine.running if r.row is not None]
         return self._report(in_flight or self._last_call)
 

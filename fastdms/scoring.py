@@ -39,7 +39,7 @@ def score(
                 out[i].append(row)
     while live := [i for i, ids in enumerate(sequences) if done[i] < len(ids)]:
         inputs = [RowInput(row=rows[i], token=sequences[i][done[i]], position=done[i]) for i in live]
-        logits = runner.decode(inputs)[1].cpu()
+        logits = runner.decode(inputs).logits.cpu()
         _check_pages(runner)
         for i, row in zip(live, logits, strict=True):
             out[i].append(row)

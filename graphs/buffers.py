@@ -11,7 +11,7 @@ __all__ = ["MAX_BANNED", "Columns", "RowInput", "StepBuffers", "make_buffers"]
 
 MAX_BANNED = 32
 
-Columns = tuple[list[Any], ...]  # of the buffers, one list of entries each
+Columns = tuple[list[Any] | None, ...]  # of the buffers, one list of entries each; None: not known
 
 
 class RowInput(NamedTuple):

@@ -56,7 +56,7 @@ class GraphCache:
     """Runs decode steps of any batch size up to the largest bucket.
 
     step: the whole decode step over static buffers; padding entries (position -1) touch no state, so that warming up
-        with nothing but padding leaves none behind.
+        with nothing but padding leaves none behind. It may leave the tokens and positions of the next step in them.
     mode: ``"eager"`` calls it, ``"compile"`` compiles it with ``fullgraph=True`` for each bucket, ``"graphs"`` captures
         that into one CUDA graph per bucket, which a step then replays.
     model: the ``fingerprint`` of what the step is built from; kv_dtype: of its cache. Both enter the keys.
@@ -109,9 +109,9 @@ class GraphCache:
         self._entries: dict[GraphKey, _Entry] = {}  # least recently used first
         self._hits = self._misses = self._evictions = self._pool_bytes = 0
         self._compiles_at_start: int | None = None
-        self._held: tuple[_Bucket, Columns] | None = (
-            None  # what the buffers, which all buckets share, were last filled with
-        )
+        # What the buffers, which all buckets share, were last filled with, and for how many rows.
+        self._held: tuple[_Bucket, Columns] | None = None
+        self._num_rows = 0
 
     def warm_up(self) -> None:
         """Make every bucket's entry, largest first, so that the smaller graphs find room in its pool."""
@@ -123,20 +123,16 @@ class GraphCache:
     def run(self, inputs: Sequence[RowInput]) -> StepOutput:
         """One step for ``inputs``: tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next run."""
         bucket = self._buckets[choose_bucket(len(inputs), self._sizes)]
-        entry = self._entries.pop(bucket.key, None)
-        if entry is None:
-            self._misses += 1
-            entry = self._make_entry(bucket)
-        else:
-            self._hits += 1
-            self._entries[bucket.key] = entry
-        if self._debug:
-            self._check_addresses(bucket, entry)
+        entry = self._entry(bucket)
         self._fill(bucket, inputs)
-        tokens, logits = entry.run()
-        bucket.runs += 1
-        bucket.padded_rows += tokens.shape[0] - len(inputs)
-        return tokens[: len(inputs)], logits[: len(inputs)]
+        return self._run(bucket, entry)
+
+    def run_on(self) -> StepOutput:
+        """The rows of the last run again, with the tokens and positions that it left; the host has no part in it."""
+        if self._held is None:
+            raise ValueError("no run has left anything to go on with")
+        bucket = self._held[0]
+        return self._run(bucket, self._entry(bucket))
 
     def stats(self) -> dict[str, Any]:
         """Counts so far.
@@ -177,10 +173,30 @@ class GraphCache:
             bucket.code = None
         self._step, self._state, self._recorder = None, dict, None
 
+    def _entry(self, bucket: _Bucket) -> _Entry:
+        entry = self._entries.pop(bucket.key, None)
+        if entry is None:
+            self._misses += 1
+            return self._make_entry(bucket)
+        self._hits += 1
+        self._entries[bucket.key] = entry
+        return entry
+
     def _fill(self, bucket: _Bucket, inputs: Sequence[RowInput]) -> None:
         held = self._held[1] if self._held is not None and self._held[0] is bucket else None
         self._held = None  # should filling break off
-        self._held = bucket, bucket.inputs.fill(inputs, held)
+        self._held, self._num_rows = (bucket, bucket.inputs.fill(inputs, held)), len(inputs)
+
+    def _run(self, bucket: _Bucket, entry: _Entry) -> StepOutput:
+        if self._debug:
+            self._check_addresses(bucket, entry)
+        assert self._held is not None
+        columns, self._held = self._held[1], None  # should the step break off
+        tokens, logits = entry.run()
+        self._held = bucket, (None, None, *columns[2:])  # tokens and positions are the step's to change
+        bucket.runs += 1
+        bucket.padded_rows += tokens.shape[0] - self._num_rows
+        return tokens[: self._num_rows], logits[: self._num_rows]
 
     def _make_entry(self, bucket: _Bucket) -> _Entry:
         started = time.perf_counter()

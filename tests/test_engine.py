@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import fastdms
+from fastdms.engine import Engine
 from fastdms.request import Request
+from fastdms.runner import ModelRunner
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_model, tiny_tokens
 from tests.running import Watch, check_idle, compiled, drain, engine_of, many, one, submit
@@ -27,6 +30,19 @@ LENGTHS = (1, 64, 40, 130, 2, 63, 90)
 PROMPTS = [tiny_tokens(length, seed=length) for length in LENGTHS]
 
 
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["settled", "ahead"])
+def run_ahead(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Everything here once as on a CPU, and once as on a GPU, where a step starts before the last one is read."""
+    make = Engine.__init__
+
+    def made(self: Engine, runner: ModelRunner, **options: Any) -> None:
+        make(self, runner, **options | {"run_ahead": request.param})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", made)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def weights() -> PreTrainedModel:
     return tiny_model("qwen3")
@@ -38,6 +54,7 @@ def alone(weights: PreTrainedModel) -> dict[tuple[str, SamplingParams], list[lis
     tokens = {}
     for rule in RULES:
         with compiled(weights, dms=RULES[rule], max_concurrency=1) as model:
+            engine_of(model)._run_ahead = False
             for params in (GREEDY, SEEDED):
                 tokens[rule, params] = [one(model(prompt, params)).token_ids for prompt in PROMPTS]
                 assert all(len(set(ids)) > 8 for ids in tokens[rule, params]), "the tokens hardly vary"
