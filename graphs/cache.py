@@ -210,6 +210,7 @@ class GraphCache:
         else:
             entry = _Entry(bucket.code, 0, {})
         self._entries[bucket.key] = entry
+        self._held = None  # the step may have changed its inputs
         bucket.seconds += time.perf_counter() - started
         return entry
 

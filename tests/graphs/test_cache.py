@@ -21,7 +21,7 @@ from fastdms.graphs import GraphCache, RowInput, StepBuffers
 from fastdms.ops import decode_append, decode_attention
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
-from tests.graphs.toys import rows
+from tests.graphs.toys import FakeRecorder, rows
 from tests.models import HEAD_DIM, VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
 from tests.running import compiled, engine_of, many, one
 from tests.tolerance import assert_logits_close
@@ -62,6 +62,30 @@ def test_every_run_sees_its_own_inputs() -> None:
         tokens, positions = graphs.run(rows(count, token=token))
         assert tokens.tolist() == [token + n for n in range(count)]
         assert positions.flatten().tolist() == list(range(count))
+
+
+def test_a_run_goes_on_from_what_the_last_one_left() -> None:
+    """And what the host then says of rows that it knows counts again."""
+
+    def step(inputs: StepBuffers) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = inputs.tokens + 10, inputs.positions[:, None].clone()
+        inputs.tokens.add_(10)
+        inputs.positions.add_(inputs.positions >= 0)
+        return outputs
+
+    for mode in ("eager", "graphs"):
+        graphs = GraphCache(step, mode=mode, buckets=(1, 2, 4), device=CPU, backend="aot_eager",
+                            recorder=FakeRecorder() if mode == "graphs" else None)  # fmt: skip
+        with pytest.raises(ValueError, match="no run has left anything"):
+            graphs.run_on()
+        graphs.warm_up()
+        for count, token in ((3, 5), (3, 5), (1, 7), (4, 2), (3, 5)):
+            graphs.run(rows(count, token=token))
+            for more in (1, 2):
+                tokens, positions = graphs.run_on()
+                assert tokens.tolist() == [token + n + 10 * (more + 1) for n in range(count)]
+                assert positions.flatten().tolist() == [n + more for n in range(count)]
+        assert graphs.stats()["padded_rows"] == {1: 0, 2: 0, 4: 9}
 
 
 def test_a_step_runs_in_the_smallest_bucket() -> None:

@@ -18,7 +18,7 @@ from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
 from tests.models import VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
 from tests.poison import poison
-from tests.running import check_idle, check_pool, compiled, engine_of, many, one, submit
+from tests.running import check_idle, check_pool, compiled, drain, engine_of, many, one, submit
 from tests.tolerance import assert_logits_close
 
 pytestmark = pytest.mark.gpu
@@ -123,6 +123,24 @@ def test_modes_agree(mode: str, kv_dtype: str) -> None:
         assert error.isfinite().all()
         assert (error < 1e-4).float().mean() > 0.5
         assert_logits_close(one_logits, logits, relative=0.05)
+
+
+def test_a_step_that_goes_on_neither_waits_nor_allocates(alone: list[list[int]]) -> None:
+    with graphed(max_concurrency=2) as model:
+        requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=60)) for n in (0, 2)]
+        for _ in range(10):
+            engine_of(model).step()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(30):
+                engine_of(model).step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        assert all(40 < len(request.output_ids) < 60 for request in requests)
+        drain(model, requests)
+        assert [request.output_ids for request in requests] == [alone[n][:60] for n in (0, 2)]
 
 
 def test_the_generated_code_copies_no_cache() -> None:
