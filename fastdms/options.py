@@ -119,8 +119,7 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
         default = 0.85 if options.device.type == "cuda" else 0.5
         share = default if budget is None else budget
         budget = int(_free_memory(options.device) * share)
-        if options.kv_memory is None:
-            budget -= min(_history_bytes(config, dms, options), budget // 2)
+        budget -= min(_history_bytes(config, dms, options), budget // 2)
     pages = empty.pages_within(budget)
     if pages < empty.num_spans:
         least = empty.fixed_bytes + empty.num_spans * (empty.page_bytes + 4)
@@ -133,7 +132,7 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
 
 def _history_bytes(config: ModelConfig, dms: DMSConfig | None, options: Options) -> int:
     """What a dense prefill of the longest prompt holds beside the cache."""
-    if dms is not None and dms.prefill == "masked":
+    if (dms is None and options.max_context < options.prefill_chunk) or (dms is not None and dms.prefill == "masked"):
         return 0
     heads = config.num_layers * config.num_kv_heads * config.head_dim
     return 2 * heads * options.max_context * options.dtype.itemsize

@@ -63,7 +63,8 @@ def compile(
     max_context: tokens of one request, prompt and answer; None: the model's ``max_position_embeddings``.
     kv_memory: for the whole cache with its metadata: bytes (int), or a share of the free memory (float); None: what
         all rows could need at most, if that is within 85 % of the free memory (CPU: half). A dense prefill (without
-        eviction, or by its rule) holds one prompt's keys and values besides, for which None leaves room.
+        eviction, or by its rule) holds one prompt's keys and values besides (``score`` another one's), for which None
+        and a share leave room.
     prefill_chunk: prompt tokens per prefill step; it never changes the result beyond rounding.
     mode: ``"graphs"`` (one CUDA graph per decode bucket), ``"compile"`` (torch.compile alone) or ``"eager"``; None:
         graphs on CUDA, eager on CPU.
@@ -262,7 +263,8 @@ class CompiledModel:
     @property
     def dense_kernel(self) -> str | None:
         """What prefills a prompt densely: ``"flash_attn_3"``, ``"cudnn"``, ``"flash_attn_2"``, ``"torch_flash"``,
-        ``"triton"`` or, on the CPU, ``"reference"``; None where prompts are prefilled under the DMS mask.
+        ``"triton"`` or, on the CPU, ``"reference"``; None where prompts are prefilled under the DMS mask. Beside cuDNN,
+        chunks that begin at no multiple of 128 go by torch's flash.
         """
         return self._open_engine().runner.dense_kernel
 

@@ -74,7 +74,8 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Launch options for a kernel with a DEPENDENT flag, which may come up before the one ahead of it has ended.
 
     Programmatic dependent launch: before ``gdc_wait`` such a kernel reads nothing that an op writes, and writes
-    nothing; it waits in each of its programs, so that whoever waits for it has waited for all before it.
+    nothing; it waits in each of its programs, so that whoever waits for it has waited for all before it. (The merge of
+    decode_attention reads lengths before: they were complete when the kernel ahead of it let it come up.)
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"DEPENDENT": True, "launch_pdl": True}

@@ -190,21 +190,25 @@ def test_kv_memory_as_a_share(weights, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("rule", ["dense", "off"])
-def test_the_default_leaves_room_for_a_dense_prefill(weights, monkeypatch, rule: str) -> None:
+def test_a_share_leaves_room_for_a_dense_prefill(weights, monkeypatch, rule: str) -> None:
     """One prompt of 256 tokens, whole, in fp32; at most half of what the cache would have had."""
     assert MASKED is not None
     dms: Any = "off" if rule == "off" else replace(MASKED, prefill="dense")
-    with compiled(weights, dms=dms) as model:
+    given: dict[str, Any] = {"dms": dms, "prefill_chunk": 256}
+    with compiled(weights, **given) as model:
         few = kv_bytes(model, 20)
     history = 256 * 2 * SPANS[0] * SPANS[1] * HEAD_DIM * 4
     assert history < few
-    for share, free in ((None, 2 * (few + history)), (1.0, few)):
+    for share, free in ((None, 2 * (few + history)), (1.0, few + history)):
         monkeypatch.setattr(options, "_free_memory", lambda device, free=free: free)
-        with compiled(weights, dms=dms, kv_memory=share) as model:
+        with compiled(weights, **given, kv_memory=share) as model:
+            assert engine_of(model).cache.config.num_pages == 20
+    if rule == "off":  # no prompt fills a chunk, so that none is prefilled densely
+        with compiled(weights, dms=dms, prefill_chunk=257, kv_memory=few / (few + history)) as model:
             assert engine_of(model).cache.config.num_pages == 20
     monkeypatch.setattr(options, "_free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="kv_memory of 250 bytes is too small"):
-        compiled(weights, dms=dms)
+        compiled(weights, **given)
 
 
 def requested_bytes() -> int:

@@ -38,6 +38,9 @@ def decode_append(
     alpha: ``[B, Hkv]`` decision inputs of an adapter; None takes them from the borrowed query channel.
     decision: ``(multiplier, threshold)`` of ``rope_decide.decision_constants``; threshold inf turns eviction off.
 
+    On CUDA positions, rows, cos, sin and norms must not be what the kernel launched just before writes: they are read
+    before it is waited for.
+
     Mutates the cache in place. The token that leaves the window (``t - W - 1``) gives its slot to the new one if it
     is flagged; otherwise the span grows by one, popping a page where one begins. Without a free page the span stays
     as it was and ``starved[row]`` becomes 1; rows already starved are left alone.

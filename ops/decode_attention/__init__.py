@@ -16,7 +16,8 @@ def decode_attention(
     """``softmax(sm_scale * q k^T) v`` over every live token of each row's span; returns ``[B, Hq, D]`` in q's dtype.
 
     q: ``[B, Hq, D]`` after RoPE. positions, rows: ``[B]`` int32; entries with position -1 (padding) and spans without
-    tokens give zeros. Reads exactly ``live_len`` slots of each span: whatever else the pages hold is never touched.
+    tokens give zeros. Of each span only ``live_len`` slots count, whatever else its pages hold. On CUDA positions and
+    rows must not be what the kernel launched just before writes: they are read before it is waited for.
     Raises ValueError on shapes or dtypes that don't fit.
     """
     check_batch(cache, q, positions, rows)

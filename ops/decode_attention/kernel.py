@@ -49,7 +49,8 @@ def _span_tiles(
 ):
     """Tiles of BLOCK_N tokens in each span of the batch, ``[S]``; none for padded entries.
 
-    WAIT: for the kernels before this one, as soon as what they may have written is to be read.
+    WAIT: for the kernels before this one, as soon as what they may have written is to be read. Who doesn't wait reads
+    the lengths past the cache of its multiprocessor, in which old ones may lie.
     """
     o_s = tl.arange(0, S)
     m_s = o_s < num_spans
@@ -57,7 +58,8 @@ def _span_tiles(
     row = tl.maximum(tl.load(rows_ptr + o_s // HKV, mask=m_s, other=0), 0)  # on its way together with the position
     if WAIT:
         gdc_wait()
-    live = tl.load(live_len_ptr + row * HKV + o_s % HKV, mask=m_s & (position >= 0), other=0)
+    p_live = live_len_ptr + row * HKV + o_s % HKV
+    live = tl.load(p_live, mask=m_s & (position >= 0), other=0, cache_modifier="" if WAIT else ".cg")
     return tl.cdiv(live, BLOCK_N)
 
 
@@ -335,7 +337,7 @@ def decode_attention(
         dot = tl.float16  # holds every fp8 value, and the hardware converts to it
     block_n, warps, stages, per_processor = tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
     if page_size % block_n == 0:
-        k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
+        k_scales, v_scales = _pairs(k_scales), _pairs(v_scales)
     programs = min(
         per_processor * _num_processors(q.device), spans * triton.cdiv(page_table.shape[-1] * page_size, block_n)
     )
@@ -356,6 +358,12 @@ def decode_attention(
         **dependent_launch(q.device),
     )  # fmt: skip
     return out
+
+
+def _pairs(scales: torch.Tensor) -> torch.Tensor:
+    if scales.storage_offset() % 2:
+        raise ValueError("scales are read in pairs, so they must not begin at an odd element of their storage")
+    return scales.view(torch.int32)
 
 
 def _num_processors(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 __all__ = ["FLASH_ATTN_MODULES", "choose_kernel", "dense_kernel", "installed_kernels"]
 
 FLASH_ATTN_MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn_2": "flash_attn"}
-_LEAST_CUDNN = 91501  # older ones are wrong for some lengths that are no multiple of 128
+_LEAST_CUDNN = 91501  # what torch asks for too: older ones are wrong for some lengths
 
 
 def choose_kernel(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], installed: frozenset[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from fastdms.cache import CompactCache
 from fastdms.ops.quantise import load_slots
 from fastdms.tools.bench.cases import STATE, build, launch
-from fastdms.tools.bench.linears import on_tiny
+from fastdms.tools.bench.linears import shortened
 from fastdms.tools.bench.spec import Spec
 
 __all__ = ["check_op"]
@@ -28,7 +28,7 @@ def check_op(spec: Spec, device: torch.device) -> None:
     """Run ``spec`` in a small size by the device and by the CPU's reference; ValueError says how far they are apart."""
     small = replace(spec, **_SMALL, window_tokens=min(spec.window_tokens, _WINDOW_TOKENS))
     if spec.op == "decode_linear":
-        small = on_tiny(small)
+        small = shortened(small)
     if spec.op in ("decode_attention", "release"):
         small = replace(small, spans="zipf")
     expected = build(small, torch.device("cpu"), num_sets=1)

@@ -12,7 +12,10 @@ from fastdms.tools.bench.spec import DTYPE, Case, Spec
 from fastdms.tools.bench.timing import cold_sets
 from fastdms.tools.shapes import SHAPES
 
-__all__ = ["build_linear", "linear_options", "on_tiny"]
+__all__ = ["build_linear", "linear_options", "shortened"]
+
+
+_MOST_CHECKED = 2**14
 
 
 def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal: Callable[..., torch.Tensor]) -> Case:
@@ -42,9 +45,9 @@ def linear_options(spec: Spec) -> dict[str, Any]:
     return {"norm_eps": 1e-5, "swiglu": layer == "gate_up", "fp32_out": layer == "lm_head"}
 
 
-def on_tiny(spec: Spec) -> Spec:
-    """The same layer of the smallest shape."""
-    return replace(spec, linear="tiny." + spec.linear.rpartition(".")[2])
+def shortened(spec: Spec) -> Spec:
+    """The same layer with fewer outputs, yet so many that the kernel is cut as for all of them."""
+    return replace(spec, most_outputs=_MOST_CHECKED)
 
 
 def _size(spec: Spec) -> tuple[int, int]:
@@ -52,13 +55,14 @@ def _size(spec: Spec) -> tuple[int, int]:
     shape, _, layer = spec.linear.rpartition(".")
     c = SHAPES[shape]
     attended = c.num_heads * c.head_dim
-    return {
+    outputs, depth = {
         "qkv": (attended + 2 * c.num_kv_heads * c.head_dim, c.hidden_size),
         "o": (c.hidden_size, attended),
         "gate_up": (c.intermediate_size, c.hidden_size),
         "down": (c.hidden_size, c.intermediate_size),
         "lm_head": (c.vocab_size, c.hidden_size),
     }[layer]
+    return min(outputs, spec.most_outputs or outputs), depth
 
 
 def _adds(layer: str) -> bool:

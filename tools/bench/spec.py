@@ -21,6 +21,7 @@ class Spec:
     """One case; which of the fields an op depends on is for ``kernels`` to know.
 
     chunk: tokens of the prompt that are timed, its last ones; 0: all of it. linear: shape and layer of decode_linear.
+    most_outputs: of that layer; None: all.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Spec:
     kept: float = 1.0
     linear: str = "tiny.qkv"
     weights: str = "bf16"
+    most_outputs: int | None = None
 
     @property
     def start(self) -> int:

@@ -1,0 +1,73 @@
+"""A decode step's ops right behind each other on a GPU, where each begins before the one ahead of it has ended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdms.ops import decode_append, decode_attention, decode_linear
+from tests.ops.harness import DEVICE, GuardedCache, make_cache, split_heads
+from tests.ops.rig import FLAG_HALF
+
+pytestmark = pytest.mark.gpu
+
+LAYERS, ROWS, HEADS, KV_HEADS, DIM, STEPS = 6, 3, 8, 2, 64, 150
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_a_step_equals_its_ops_one_by_one(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, while spans grow over tiles and pages; the graph's step against one that waits after each op."""
+    # Poisoning fills what an op allocates, by a kernel that would come between it and the op ahead.
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty.__wrapped__)  # type: ignore[attr-defined]
+    hidden, dtype = HEADS * DIM, torch.bfloat16
+    layers = [
+        (torch.randn((HEADS + 2 * KV_HEADS) * DIM, hidden, device=DEVICE).div(hidden**0.5).to(dtype),
+         torch.randn(hidden, hidden, device=DEVICE).div(hidden**0.5).to(dtype))
+        for _ in range(LAYERS)
+    ]  # fmt: skip
+    norm = torch.rand(hidden, device=DEVICE).add(0.5).to(dtype)
+    angles = torch.arange(STEPS, device=DEVICE)[:, None] / 100 ** torch.linspace(0, 1, DIM // 2, device=DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    sizes = {"num_layers": LAYERS, "num_rows": ROWS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "window_tokens": 7,
+             "page_size": 64, "max_context": STEPS, "num_pages": 200, "kv_dtype": torch.float8_e4m3fn}  # fmt: skip
+    chained, apart = (make_cache(DEVICE, **sizes, seed=1) for _ in range(2))
+    rows = torch.arange(ROWS, dtype=torch.int32, device=DEVICE)
+    positions = torch.full_like(rows, -1)  # all padding: compiles, and leaves the spans alone
+
+    def step(cache: GuardedCache, x: torch.Tensor, wait: bool) -> torch.Tensor:
+        def waited(out: torch.Tensor) -> torch.Tensor:
+            if wait:
+                torch.cuda.synchronize()
+            return out
+
+        for i, (qkv, o) in enumerate(layers):
+            fused = waited(decode_linear(x, qkv, norm=norm, norm_eps=1e-5))
+            q, k, v = split_heads(fused.view(ROWS, -1, DIM), KV_HEADS)
+            q = waited(
+                decode_append(
+                    q, k, v, cache.layer(i), positions=positions, rows=rows, cos=cos, sin=sin, decision=FLAG_HALF,
+                    shift=0, zero_borrowed="none",
+                )
+            )  # fmt: skip
+            attended = waited(decode_attention(q, cache.layer(i), positions=positions, rows=rows, sm_scale=DIM**-0.5))
+            x = waited(decode_linear(attended.flatten(1), o, residual=x))
+        return x
+
+    static = torch.zeros(ROWS, hidden, dtype=dtype, device=DEVICE)
+    step(chained, static, wait=True)
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step(chained, static, wait=False)
+    for position in range(STEPS):
+        static.copy_(torch.randn(ROWS, hidden, device=DEVICE))
+        positions.fill_(position)
+        torch.cuda.synchronize()
+        expected = step(apart, static, wait=True)
+        if captured:
+            graph.replay()
+        else:
+            out = step(chained, static, wait=False)
+        assert torch.equal(out, expected), f"position {position}"
+        assert torch.equal(chained.live_len, apart.live_len)
+    assert int(chained.live_len.max()) > 64
