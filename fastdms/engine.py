@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from fastdms.request import Request
-from fastdms.runner import NOT_FINITE, STARVED, Flight, ModelRunner, PrefillPiece, fill_chunk
+from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["Engine"]
 
@@ -23,7 +24,8 @@ class Engine:
     fp8 KV up to rounding: a chunk sees its own keys unrounded). So does every row when a step is broken off by an
     exception, for its spans may be half written.
 
-    Threads may share an engine: every method holds ``lock``, and whoever steps carries all requests on.
+    Threads may share an engine: what touches rows or the cache happens inside ``alone``, and whoever steps carries all
+    requests on.
 
     run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on. What a row
     that turns out to have ended did in it is dropped with its pages.
@@ -32,7 +34,10 @@ class Engine:
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
         self.runner = runner
         self.cache = runner.cache
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
+        self._depth = 0  # of ``alone`` in the thread that holds the lock
+        self._closed = False
+        self._cancelled: list[Request] = []
         self._prefill_chunk = prefill_chunk
         self._run_ahead = run_ahead
         # A decode step whose tokens are not read yet, and its requests; None for one that has left since.
@@ -47,22 +52,43 @@ class Engine:
         """Requests that hold a row."""
         return list(self._running)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread changes anything in here; ValueError once closed."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("this model is closed")
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                self._drop_cancelled()
+
+    def close(self) -> None:
+        """Any later use raises ValueError."""
+        with self._lock:
+            self._closed = True
+            self.runner.graphs.close()
+
     def add(self, request: Request) -> None:
         """Queue a request, in order of arrival."""
-        with self.lock:
-            insort(self._waiting, request, key=lambda waiting: waiting.arrival)
+        with self.alone():
+            self._queue(request)
 
     def cancel(self, request: Request) -> None:
-        """Forget an unfinished request and free its pages; a finished or unknown one is left alone."""
-        with self.lock:
-            if request in self._waiting:
-                self._waiting.remove(request)
-            elif request in self._running:
-                self._leave(request)
+        """Forget an unfinished request and free its pages; a finished or unknown one is left alone.
+
+        The garbage collector calls this for a stream that nobody holds any more, at any time: in the middle of a step
+        of the same thread it happens at the step's end.
+        """
+        with self._lock:
+            self._cancelled.append(request)
+            self._drop_cancelled()
 
     def take_rows(self, count: int) -> list[int]:
         """Free rows for direct use of the runner, until ``return_rows``; ValueError if too few are free."""
-        with self.lock:
+        with self.alone():
             self.settle()
             free = self._free_rows()
             if count > len(free):
@@ -75,7 +101,7 @@ class Engine:
 
     def return_rows(self, rows: list[int]) -> None:
         """Release rows that ``take_rows`` gave."""
-        with self.lock:
+        with self.alone():
             self.runner.release(rows)
             self._taken_rows.difference_update(rows)
 
@@ -88,7 +114,7 @@ class Engine:
         self._carefully(self._land)
 
     def _carefully(self, act: Callable[[], None]) -> None:
-        with self.lock:
+        with self.alone():
             try:
                 act()
             except BaseException:
@@ -99,7 +125,7 @@ class Engine:
                         continue
                     request.usage = None  # half a step is in the spans
                     if request not in self._waiting:
-                        self.add(request)
+                        self._queue(request)
                 raise
 
     def _step(self) -> None:
@@ -115,6 +141,23 @@ class Engine:
         decoding = [request for request in self._running if request.prefilled and request.output_ids]
         if decoding:
             self._decode(decoding)
+
+    def _queue(self, request: Request) -> None:
+        insort(self._waiting, request, key=lambda waiting: waiting.arrival)
+
+    def _drop_cancelled(self) -> None:
+        if self._depth or self._closed:
+            return
+        self._depth += 1
+        try:
+            while self._cancelled:
+                request = self._cancelled.pop()
+                if request in self._waiting:
+                    self._waiting.remove(request)
+                elif request in self._running:
+                    self._leave(request)
+        finally:
+            self._depth -= 1
 
     def _free_rows(self) -> list[int]:
         used = self._taken_rows | {request.row for request in self._running}
@@ -168,7 +211,12 @@ class Engine:
 
     def _prefill(self, requests: Sequence[Request]) -> None:
         pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
-        logits = self.runner.prefill(pieces)
+        try:
+            logits = self.runner.prefill(pieces)
+        except HistoryError as error:  # before anything was run
+            requests[0].error = error
+            self._leave(requests[0])
+            return
         starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
         ready: list[tuple[Request, torch.Tensor]] = []
         for index, (request, piece) in enumerate(zip(requests, pieces, strict=False)):  # the first of them
@@ -233,7 +281,7 @@ class Engine:
         request.expected_pages = max(request.expected_pages, held) + self.cache.config.num_spans
         self._leave(request, lost_tokens)
         if not alone:
-            self.add(request)
+            self._queue(request)
         elif request.output_ids:
             request.finish("kv_full")
         else:

@@ -18,7 +18,10 @@ __all__ = ["LLM"]
 
 
 class LLM:
-    """``LLM(model).generate(prompts, params)``; keyword arguments are those of ``fastdms.compile``."""
+    """``LLM(model).generate(prompts, params)``; keyword arguments are those of ``fastdms.compile``.
+
+    ``model`` is the ``CompiledModel`` itself: to stream, to score, and to ``close``.
+    """
 
     def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
         self.model = compile(model, **options)

@@ -22,7 +22,7 @@ from fastdms.graphs import (
 )
 from fastdms.ops import dense_kernel, sample
 
-__all__ = ["NOT_FINITE", "STARVED", "Flight", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
+__all__ = ["NOT_FINITE", "STARVED", "Flight", "HistoryError", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
 
 # In place of a sampled token.
 STARVED = -1  # the row found no page in this step or an earlier one
@@ -66,18 +66,24 @@ class Flight:
         return tokens
 
 
+class HistoryError(ValueError):
+    """There is no memory for the keys and values of a prompt that is to be prefilled densely."""
+
+
 def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[PrefillPiece]:
     """The beginnings of ``remainders``, in order, that make one chunk of at most ``num_tokens`` tokens.
 
-    A piece that is prefilled densely stands alone. The chunk's pieces belong to the first of the remainders.
+    A row is cut at multiples of ``num_tokens`` alone, whatever it shares its chunks with, since that shows where stored
+    keys are rounded. A piece that is prefilled densely stands alone. The pieces belong to the first of the remainders.
     """
     pieces: list[PrefillPiece] = []
+    room = num_tokens
     for piece in remainders:
-        ids = piece.token_ids[:num_tokens]
-        if not ids or (pieces and (piece.dense_tokens or pieces[0].dense_tokens)):
+        ids = piece.token_ids[: num_tokens - piece.start % num_tokens]
+        if not ids or len(ids) > room or (pieces and (piece.dense_tokens or pieces[0].dense_tokens)):
             break
         pieces.append(replace(piece, token_ids=ids))
-        num_tokens -= len(ids)
+        room -= len(ids)
     return pieces
 
 
@@ -186,9 +192,14 @@ class ModelRunner:
             self.cache.release(rows)
 
     def new_history(self, num_tokens: int) -> DenseHistory:
-        """Room for the keys and values of ``num_tokens`` tokens."""
+        """Room for the keys and values of ``num_tokens`` tokens; HistoryError if there is none."""
         with inference(self.device):
-            return DenseHistory(self.decoder.config, num_tokens, self.decoder.embed.dtype, self.device)
+            try:
+                return DenseHistory(self.decoder.config, num_tokens, self.decoder.embed.dtype, self.device)
+            except RuntimeError as error:
+                raise HistoryError(
+                    f"no memory on {self.device} to prefill {num_tokens} tokens densely; give compile less kv_memory"
+                ) from error
 
     def _history(self, piece: PrefillPiece) -> DenseHistory | None:
         if not piece.dense_tokens:

@@ -95,7 +95,13 @@ def compile(
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"no memory on {options.device} for the weights of {checkpoint.name}: {error}") from error
         load_weights(decoder, progress(checkpoint.tensors(), desc=f"loading {checkpoint.name}", unit=" tensors"))
-        cache = CompactCache(resolve_cache(config, rule, options), options.device)
+        sizes = resolve_cache(config, rule, options)
+        try:
+            cache = CompactCache(sizes, options.device)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"no memory on {options.device} for a cache of {sizes.num_pages:,} pages: {error}"
+            ) from error
     runner = ModelRunner(decoder, cache, mode=options.mode, max_concurrency=options.max_concurrency)
     return CompiledModel(config, rule, options, runner, tokenizer)
 
@@ -243,7 +249,7 @@ class CompiledModel:
         if len(token_ids) != len(prompt_lens):
             raise ValueError(f"{len(token_ids)} sequences and {len(prompt_lens)} prompt lengths")
         sequences = [self._prompts.read_scored(ids, length) for ids, length in zip(token_ids, prompt_lens, strict=True)]
-        with engine.lock:
+        with engine.alone():
             rows = engine.take_rows(len(sequences))
             try:
                 logits = score(engine.runner, rows, sequences, prompt_lens, self.options.prefill_chunk)
@@ -255,7 +261,7 @@ class CompiledModel:
     def kv_report(self) -> KVReport:
         """KV memory of the rows in flight, or, when there are none, of those of the last finished call."""
         engine = self._open_engine()
-        with engine.lock:
+        with engine.alone():
             engine.settle()
             in_flight = [engine.cache.usage(r.row, r.computed) for r in engine.running if r.row is not None]
         return self._report(in_flight or self._last_call)
@@ -276,13 +282,14 @@ class CompiledModel:
     def close(self) -> None:
         """Free the weights, the cache and the graphs; any later use raises ValueError. Closing twice is fine."""
         if self._engine is not None:
-            with self._engine.lock:
-                self._engine.runner.graphs.close()
-                self._engine = None
+            engine, self._engine = self._engine, None
+            engine.close()
+            del engine
             if self.options.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def __enter__(self) -> CompiledModel:
+        self._open_engine()
         return self
 
     def __exit__(

@@ -44,7 +44,10 @@ def score(
         for i, row in zip(live, logits, strict=True):
             out[i].append(row)
             done[i] += 1
-    return [torch.stack(steps) for steps in out]
+    scored = [torch.stack(steps) for steps in out]
+    if not all(logits.isfinite().all() for logits in scored):
+        raise ValueError("the model's logits are not finite: its weights, or its dtype, can't carry these sequences")
+    return scored
 
 
 def _check_pages(runner: ModelRunner) -> None:

@@ -6,6 +6,7 @@ import gc
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -185,3 +186,29 @@ def test_cancelling_what_is_over(weights, alone) -> None:
         drain(model, [other])
         assert [done.output_ids, other.output_ids] == [alone[0][:4], alone[1]]
         check_idle(model)
+
+
+@pytest.mark.parametrize("place", ["decode", "prefill", "release"])
+def test_a_stream_collected_in_the_middle_of_a_step(weights, alone, place: str) -> None:
+    """By the thread that steps: its pages are freed when the step is done, not under its hands."""
+    with compiled(weights, dms=MASKED) as model:
+        Watch(model)
+        engine = engine_of(model)
+        original, lost = getattr(engine.runner, place), list[Any]()
+
+        def collecting(*args: Any) -> Any:
+            held = engine.running
+            lost.clear()  # its last reference: this closes the stream, which cancels its request
+            result = original(*args)
+            assert engine.running == held
+            return result
+
+        setattr(engine.runner, place, collecting)
+        for n in range(3):
+            stream = model.stream(PROMPTS[3], PARAMS)
+            next(stream)
+            lost.append(stream)
+            del stream
+            assert one(model(PROMPTS[n], PARAMS)).token_ids == alone[n]
+            assert not lost
+            check_idle(model)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import fastdms
+from fastdms.decoder import DenseHistory
 from fastdms.ops import dense_attention
 from fastdms.runner import PrefillPiece, fill_chunk
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_model, tiny_tokens
-from tests.running import check_idle, compiled, drain, engine_of, submit
+from tests.running import check_idle, compiled, drain, engine_of, many, one, submit
 from tests.tolerance import assert_logits_close
 
 MASKED = dms_config("nvidia", 7)
@@ -118,11 +120,62 @@ def test_rounded_pages_are_not_seen(weights) -> None:
             assert_logits_close(model.score(ids, 60), expected)
 
 
+def test_no_memory_for_a_history(weights, monkeypatch) -> None:
+    """Only the prompt that needs it fails; what runs beside it goes on."""
+    with compiled(weights, dms=DENSE, prefill_chunk=20) as model:
+        expected = [done.token_ids for done in many(model([tiny_tokens(30), tiny_tokens(5)], GREEDY))]
+        make = DenseHistory.__init__
+
+        def made(self: DenseHistory, config: Any, num_tokens: int, *args: Any) -> None:
+            if num_tokens > 80:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            make(self, config, num_tokens, *args)
+
+        monkeypatch.setattr(DenseHistory, "__init__", made)
+        for _ in range(2):
+            with pytest.raises(
+                fastdms.IncompleteError, match="no memory on cpu to prefill 90 tokens densely"
+            ) as caught:
+                model([tiny_tokens(30), tiny_tokens(90), tiny_tokens(5)], GREEDY)
+            first, none, last = caught.value.completions
+            assert none is None
+            assert first is not None
+            assert last is not None
+            assert [first.token_ids, last.token_ids] == expected
+            with pytest.raises(ValueError, match="no memory on cpu"):
+                model.score(tiny_tokens(90), 85)
+            check_idle(model)
+
+
 def test_a_dense_piece_stands_alone() -> None:
     def piece(row: int, tokens: int, dense: bool) -> PrefillPiece:
         return PrefillPiece(row=row, token_ids=[7] * tokens, start=0, dense_tokens=tokens if dense else 0)
 
     masked, dense = [piece(i, 4, False) for i in range(3)], piece(9, 12, True)
-    assert [(p.row, len(p.token_ids)) for p in fill_chunk(masked, 10)] == [(0, 4), (1, 4), (2, 2)]
+    assert [(p.row, len(p.token_ids)) for p in fill_chunk(masked, 10)] == [(0, 4), (1, 4)]
     assert [(p.row, len(p.token_ids)) for p in fill_chunk([dense, *masked], 10)] == [(9, 10)]
     assert [(p.row, len(p.token_ids)) for p in fill_chunk([masked[0], dense, masked[1]], 10)] == [(0, 4)]
+
+
+def test_rows_are_cut_at_multiples_of_the_chunk() -> None:
+    """Whatever they share their chunks with."""
+    pieces = [PrefillPiece(row=i, token_ids=[7] * 25, start=start) for i, start in enumerate((8, 20, 0))]
+    assert [(p.row, len(p.token_ids)) for p in fill_chunk(pieces, 10)] == [(0, 2)]
+    assert [(p.row, len(p.token_ids)) for p in fill_chunk(pieces[1:], 10)] == [(1, 10)]
+    short = [replace(piece, token_ids=[7] * 3) for piece in pieces]
+    assert [(p.row, len(p.token_ids)) for p in fill_chunk(short, 10)] == [(0, 2), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("rule", ["off", MASKED], ids=["off", "masked"])
+def test_neighbours_do_not_show_where_pages_are_rounded(weights, rule: Any) -> None:
+    """A prompt that shares its chunks sees its own keys as unrounded as it does alone."""
+    prompts, params = [tiny_tokens(length, seed=length) for length in (37, 49, 12, 61)], replace(GREEDY, logprobs=3)
+    with compiled(weights, dms=rule, kv_dtype="fp8", prefill_chunk=50, max_concurrency=4) as model:
+        alone = [one(model(prompt, params)) for prompt in prompts]
+        together = many(model(prompts, params))
+    for one_, other in zip(alone, together, strict=True):
+        assert one_.token_ids == other.token_ids
+        assert one_.logprobs is not None
+        assert other.logprobs is not None
+        for mine, theirs in zip(one_.logprobs, other.logprobs, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-4)

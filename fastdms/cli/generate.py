@@ -23,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
     if len(args.words) > 2:
         raise ValueError(f"expected a model and a prompt, got {len(args.words)} arguments: quote the prompt")
     args.model, text = (None, *args.words) if len(args.words) == 1 else args.words
-    if args.model is None and (Path(text).is_dir() or text.endswith(".gguf")):
+    if args.model is None and text and (Path(text).is_dir() or text.endswith(".gguf")):
         raise ValueError(f"{text} is a model and there is no prompt: fastdms generate MODEL PROMPT")
     params = sampling_params(args)
     if args.stream and args.logprobs is not None:
