@@ -25,7 +25,7 @@ from fastdms.ops import (
 )
 from fastdms.rope import rope_tables
 
-__all__ = ["Chunk", "Decoder", "DecoderLayer", "DenseHistory"]
+__all__ = ["Chunk", "Decoder", "DecoderLayer", "DenseHistory", "Linear"]
 
 _NEVER_EVICT = (1.0, float("inf"))
 
@@ -64,15 +64,40 @@ class DenseHistory:
         self.v = torch.empty_like(self.k)
 
 
-def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    linear: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias, dtype=dtype, device=device)
-    return linear
+class Linear(nn.Module):
+    """``weight [outputs, inputs]`` with perhaps a ``bias``; one in fp8 is multiplied by ``scale [outputs]`` fp32."""
+
+    def __init__(
+        self, weight: nn.Parameter, scale: nn.Parameter | None = None, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in the compute dtype, rounded to it once; of fp8 a copy that is the caller's."""
+        if self.scale is None:
+            return self.weight
+        # The product is fp32, whatever the dtype of its left side.
+        return self.weight.to(dtype).mul_(self.scale[:, None])
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def _linear(
+    inputs: int, outputs: int, bias: bool, *, weight_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    return Linear(
+        _empty(outputs, inputs, dtype=weight_dtype, device=device),
+        _empty(outputs, dtype=torch.float32, device=device) if weight_dtype == torch.float8_e4m3fn else None,
+        _empty(outputs, dtype=dtype, device=device) if bias else None,
+    )
 
 
 def _apply(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    linear: Linear,
     *,
     decoding: bool,
     norm: torch.Tensor | None = None,
@@ -84,11 +109,12 @@ def _apply(
     """A linear layer with what stands around it, as in ``decode_linear``, which few enough rows are decoded by."""
     if decoding and x.shape[0] <= MOST_ROWS:
         return decode_linear(
-            x, weight, bias=bias, norm=norm, norm_eps=eps, residual=residual, swiglu=swiglu, fp32_out=fp32_out
-        )
+            x, linear.weight, scale=linear.scale, bias=linear.bias, norm=norm, norm_eps=eps, residual=residual,
+            swiglu=swiglu, fp32_out=fp32_out,
+        )  # fmt: skip
     if norm is not None:
         x = F.rms_norm(x, x.shape[-1:], norm, eps)
-    x = F.linear(x, weight, bias)
+    x = F.linear(x, linear.dequantised(x.dtype), linear.bias)
     if swiglu:
         gate, up = x.chunk(2, -1)
         x = F.silu(gate) * up
@@ -101,7 +127,14 @@ class DecoderLayer(nn.Module):
     """One transformer block with fused qkv and gate_up projections, over one layer of the compact cache."""
 
     def __init__(
-        self, config: ModelConfig, dms: DMSConfig | None, zero_borrowed: str, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        dms: DMSConfig | None,
+        zero_borrowed: str,
+        *,
+        weight_dtype: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         c = config
@@ -116,10 +149,10 @@ class DecoderLayer(nn.Module):
         self.decision = decision_constants(dms.alpha_scale, dms.alpha_offset) if dms else _NEVER_EVICT
 
         def vector(size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+            return _empty(size, dtype=dtype, device=device)
 
-        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-            return _linear(inputs, outputs, bias, dtype, device)
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return _linear(inputs, outputs, bias, weight_dtype=weight_dtype, dtype=dtype, device=device)
 
         self.input_norm, self.post_norm = vector(c.hidden_size), vector(c.hidden_size)
         self.qkv = linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.qkv_bias)
@@ -130,7 +163,7 @@ class DecoderLayer(nn.Module):
         self.down = linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
         adapter = dms is not None and dms.source == "adapter"
         self.alpha_norm = vector(c.hidden_size) if adapter else None
-        self.alpha = linear(c.hidden_size, c.num_kv_heads, False) if adapter else None
+        self.alpha = Linear(_empty(c.num_kv_heads, c.hidden_size, dtype=dtype, device=device)) if adapter else None
 
     def decode(
         self,
@@ -179,27 +212,26 @@ class DecoderLayer(nn.Module):
     def _project(
         self, x: torch.Tensor, *, decoding: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        qkv = _apply(x, self.qkv.weight, self.qkv.bias, decoding=decoding, norm=self.input_norm, eps=self.eps)
+        qkv = _apply(x, self.qkv, decoding=decoding, norm=self.input_norm, eps=self.eps)
         heads = qkv.view(x.shape[0], -1, self.head_dim)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
         if self.alpha is None:
             return q, k, v, None
         # The adapter sees the residual stream itself, through a norm of its own.
-        return q, k, v, _apply(x, self.alpha.weight, decoding=decoding, norm=self.alpha_norm, eps=self.eps)
+        return q, k, v, _apply(x, self.alpha, decoding=decoding, norm=self.alpha_norm, eps=self.eps)
 
     def _finish(self, x: torch.Tensor, attended: torch.Tensor, *, decoding: bool) -> torch.Tensor:
-        x = _apply(attended.flatten(1), self.o.weight, self.o.bias, decoding=decoding, residual=x)
-        hidden = _apply(
-            x, self.gate_up.weight, self.gate_up.bias, decoding=decoding, norm=self.post_norm, eps=self.eps, swiglu=True
-        )
-        return _apply(hidden, self.down.weight, self.down.bias, decoding=decoding, residual=x)
+        x = _apply(attended.flatten(1), self.o, decoding=decoding, residual=x)
+        hidden = _apply(x, self.gate_up, decoding=decoding, norm=self.post_norm, eps=self.eps, swiglu=True)
+        return _apply(hidden, self.down, decoding=decoding, residual=x)
 
 
 class Decoder(nn.Module):
     """Token ids in, fp32 logits out, over a compact cache.
 
-    num_positions: bounds the RoPE tables. zero_borrowed: where the borrowed query channel is zero although ``dms`` is
-    None (eviction off for a model that was trained so).
+    num_positions: bounds the RoPE tables. weight_dtype: of the linear layers and the output head, ``dtype`` (also for
+    None) or float8_e4m3fn; all else, a DMS adapter included, is in ``dtype``. zero_borrowed: where the borrowed query
+    channel is zero although ``dms`` is None (eviction off for a model that was trained so).
     """
 
     cos: torch.Tensor
@@ -213,21 +245,25 @@ class Decoder(nn.Module):
         num_positions: int,
         dtype: torch.dtype,
         device: torch.device,
+        weight_dtype: torch.dtype | None = None,
         zero_borrowed: str = "none",
     ) -> None:
         super().__init__()
         self.config, self.dms = config, dms
         if dms is not None:
             zero_borrowed = dms.zero_borrowed if dms.source == "borrowed_q" else "none"
-        vocabulary = (config.vocab_size, config.hidden_size)
-        self.embed = nn.Parameter(torch.empty(vocabulary, dtype=dtype, device=device), requires_grad=False)
+        weight_dtype = weight_dtype or dtype
+        vocabulary, hidden = config.vocab_size, config.hidden_size
+        self.embed = _empty(vocabulary, hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, dms, zero_borrowed, dtype, device) for _ in range(config.num_layers)
+            DecoderLayer(config, dms, zero_borrowed, weight_dtype=weight_dtype, dtype=dtype, device=device)
+            for _ in range(config.num_layers)
         )
-        self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device), requires_grad=False)
-        self.lm_head = self.embed
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Parameter(torch.empty(vocabulary, dtype=dtype, device=device), requires_grad=False)
+        self.norm = _empty(hidden, dtype=dtype, device=device)
+        if config.tie_word_embeddings and weight_dtype == dtype:
+            self.lm_head = Linear(self.embed)
+        else:  # what is looked up stays as it is, also where it is multiplied by in fp8
+            self.lm_head = _linear(hidden, vocabulary, False, weight_dtype=weight_dtype, dtype=dtype, device=device)
         cos, sin = rope_tables(config, num_positions)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)

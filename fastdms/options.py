@@ -33,6 +33,7 @@ class Options:
 
     device: torch.device
     dtype: torch.dtype
+    weights: torch.dtype
     kv_dtype: torch.dtype
     max_concurrency: int
     max_context: int
@@ -59,8 +60,8 @@ def resolve_options(
     compute = _dtype(dtype, config, place)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {_names(WEIGHTS)}, got {weights!r}")
-    if weights in ("fp8", "int4"):
-        raise ValueError(f"weights {weights!r} are not available in this version; use 'auto' or 'bf16'")
+    if weights == "int4":
+        raise ValueError("weights 'int4' are not available in this version; use 'auto', 'bf16' or 'fp8'")
     if weights == "bf16":
         if dtype is not None and compute != torch.bfloat16:
             raise ValueError(f"weights 'bf16' and dtype {dtype!r} contradict each other")
@@ -79,6 +80,7 @@ def resolve_options(
     return Options(
         device=place,
         dtype=compute,
+        weights=torch.float8_e4m3fn if weights == "fp8" else compute,
         kv_dtype=KV_DTYPES[kv_dtype],
         max_concurrency=_integer("max_concurrency", max_concurrency, 1, _MAX_ROWS),
         max_context=context,

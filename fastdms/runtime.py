@@ -55,10 +55,13 @@ def compile(
     dms: ``"auto"`` as the checkpoint declares; ``"off"`` never evicts, and is otherwise the model that was trained: a
         borrowed query channel stays zeroed; or a ``DMSConfig``, which replaces what the checkpoint declares unread.
     device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None takes CUDA where there is one.
-    dtype: of weights and computation, ``"fp32"``, ``"bf16"`` or ``"fp16"``; None: as stored on CUDA, fp32 on CPU.
+    dtype: of computation, and of weights unless ``weights`` says otherwise: ``"fp32"``, ``"bf16"`` or ``"fp16"``; None:
+        as stored on CUDA, fp32 on CPU.
     kv_dtype: ``"fp32"``, ``"bf16"`` or ``"fp8"`` (e4m3 with a scale per token and head); ``"auto"``: fp8 on CUDA, on
         CPU bf16 where that is the dtype and else fp32.
-    weights: ``"auto"`` or ``"bf16"``.
+    weights: ``"auto"`` is ``dtype``; ``"bf16"`` makes that the dtype; ``"fp8"`` stores the linear layers and the output
+        head as e4m3 with an fp32 scale per output channel, and all else in ``dtype``: embedding table, norms, biases, a
+        DMS adapter. Small decode batches read them so; prefill and larger ones take each back to ``dtype`` for its use.
     max_concurrency: rows of the cache: requests that run at once, in [1, 256].
     max_context: tokens of one request, prompt and answer; None: the model's ``max_position_embeddings``.
     kv_memory: for the whole cache with its metadata: bytes (int), or a share of the free memory (float); None: what
@@ -90,7 +93,7 @@ def compile(
         try:
             decoder = Decoder(
                 config, rule, num_positions=options.max_context, dtype=options.dtype, device=options.device,
-                zero_borrowed=resolve_zeroing(checkpoint.dms),
+                weight_dtype=options.weights, zero_borrowed=resolve_zeroing(checkpoint.dms),
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"no memory on {options.device} for the weights of {checkpoint.name}: {error}") from error

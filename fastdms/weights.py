@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from fastdms.decoder import Decoder, DecoderLayer
+from fastdms.decoder import Decoder, DecoderLayer, Linear
+from fastdms.ops.quantise import FP8_MAX
 
-__all__ = ["load_weights"]
+__all__ = ["load_weights", "weight_shapes"]
+
+_BLOCK_VALUES = 2**22  # that are quantised at a time
+
+
+class _Place(NamedTuple):
+    """The (part of the) parameter that a tensor fills, with the scales of its rows where it is fp8."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
 
 
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy each tensor, by its published name, into its place; one tensor at a time, cast to the decoder's dtype.
 
-    Raises ValueError when a tensor is missing, unknown, given twice, of the wrong shape or not floating point.
+    fp8 weights are quantised from the tensor as it is given, row by row: ``scale = max|row| / 448``.
+    Raises ValueError when a tensor is missing, unknown, given twice, of the wrong shape or not floating point, or
+    where fp8 weights would come from numbers that are not finite.
     """
     places = _places(decoder)
     ignored = _ignored(decoder)
@@ -28,54 +40,78 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) 
         if name in seen:
             raise ValueError(f"tensor {name} occurs twice")
         seen.add(name)
-        place = places[name]
-        if tensor.shape != place.shape:
-            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(place.shape)}")
+        shape = places[name].values.shape
+        if tensor.shape != shape:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"tensor {name} is {tensor.dtype}; only floating point weights are supported")
-        place.copy_(tensor)
+        _store(name, tensor, places[name])
     missing = sorted(places.keys() - seen)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(f"the checkpoint lacks {shown}")
+    if decoder.config.tie_word_embeddings and decoder.lm_head.weight is not decoder.embed:
+        _store("model.embed_tokens.weight", decoder.embed, _Place(decoder.lm_head.weight, decoder.lm_head.scale))
 
 
-def _places(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """Published tensor name -> the (part of the) parameter that it fills."""
-    places: dict[str, torch.Tensor] = {"model.embed_tokens.weight": decoder.embed, "model.norm.weight": decoder.norm}
+def weight_shapes(decoder: Decoder) -> dict[str, torch.Size]:
+    """Published name -> shape of every tensor that ``load_weights`` asks for."""
+    return {name: place.values.shape for name, place in _places(decoder).items()}
+
+
+def _store(name: str, tensor: torch.Tensor, place: _Place) -> None:
+    if place.scale is None:
+        place.values.copy_(tensor)
+        return
+    rows = max(1, _BLOCK_VALUES // tensor.shape[1])
+    blocks = (whole.split(rows) for whole in (tensor, place.values, place.scale))
+    for block, values, scale in zip(*blocks, strict=True):
+        exact = block.to(values.device).float()
+        largest = exact.abs().amax(1)
+        if not largest.isfinite().all():
+            raise ValueError(f"tensor {name} has values that are not finite, which fp8 weights can't be made of")
+        scale.copy_((largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny))  # also of a row of zeros
+        values.copy_((exact / scale[:, None]).clamp(-FP8_MAX, FP8_MAX))
+
+
+def _places(decoder: Decoder) -> dict[str, _Place]:
+    """Published tensor name -> its place."""
+    places = {"model.embed_tokens.weight": _Place(decoder.embed), "model.norm.weight": _Place(decoder.norm)}
     if not decoder.config.tie_word_embeddings:
-        places["lm_head.weight"] = decoder.lm_head
+        places["lm_head.weight"] = _Place(decoder.lm_head.weight, decoder.lm_head.scale)
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
-        for name, tensor in _layer_places(layer).items():
-            places[f"model.layers.{index}.{name}"] = tensor
-    return {name: tensor.data for name, tensor in places.items()}
+        for name, place in _layer_places(layer).items():
+            places[f"model.layers.{index}.{name}"] = place
+    return places
 
 
-def _layer_places(layer: DecoderLayer) -> dict[str, torch.Tensor]:
+def _layer_places(layer: DecoderLayer) -> dict[str, _Place]:
     query, key = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    places: dict[str, torch.Tensor] = {
-        "input_layernorm.weight": layer.input_norm,
-        "post_attention_layernorm.weight": layer.post_norm,
+    places = {
+        "input_layernorm.weight": _Place(layer.input_norm),
+        "post_attention_layernorm.weight": _Place(layer.post_norm),
     }
     places |= _parts(layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (query, key, key))
-    places |= _parts(layer.o, ("self_attn.o_proj",), (layer.o.out_features,))
-    places |= _parts(layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (layer.gate_up.out_features // 2,) * 2)
-    places |= _parts(layer.down, ("mlp.down_proj",), (layer.down.out_features,))
+    places |= _parts(layer.o, ("self_attn.o_proj",), (layer.o.weight.shape[0],))
+    places |= _parts(layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (layer.gate_up.weight.shape[0] // 2,) * 2)
+    places |= _parts(layer.down, ("mlp.down_proj",), (layer.down.weight.shape[0],))
     if layer.q_norm is not None and layer.k_norm is not None:
-        places |= {"self_attn.q_norm.weight": layer.q_norm, "self_attn.k_norm.weight": layer.k_norm}
+        places |= {"self_attn.q_norm.weight": _Place(layer.q_norm), "self_attn.k_norm.weight": _Place(layer.k_norm)}
     if layer.alpha is not None and layer.alpha_norm is not None:
         places |= {
-            "self_attn.dms_proj_alpha.weight": layer.alpha.weight,
-            "self_attn.dms_proj_alpha_norm.weight": layer.alpha_norm,
+            "self_attn.dms_proj_alpha.weight": _Place(layer.alpha.weight),
+            "self_attn.dms_proj_alpha_norm.weight": _Place(layer.alpha_norm),
         }
     return places
 
 
-def _parts(linear: nn.Linear, names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    places = {f"{name}.weight": part for name, part in zip(names, linear.weight.split(rows), strict=True)}
+def _parts(linear: Linear, names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, _Place]:
+    scales = (None,) * len(rows) if linear.scale is None else linear.scale.split(rows)
+    parts = zip(linear.weight.split(rows), scales, strict=True)
+    places = {f"{name}.weight": _Place(*part) for name, part in zip(names, parts, strict=True)}
     if linear.bias is not None:
-        places |= {f"{name}.bias": part for name, part in zip(names, linear.bias.split(rows), strict=True)}
+        places |= {f"{name}.bias": _Place(part) for name, part in zip(names, linear.bias.split(rows), strict=True)}
     return places
 
 

@@ -10,8 +10,18 @@ import torch
 from transformers import PreTrainedModel
 
 import fastdms
+from fastdms.ops import MOST_ROWS
 from tests import oracle
-from tests.models import DMS_LAYOUTS, FAMILIES, adapter_weights, dms_config, save_checkpoint, tiny_model, tiny_tokens
+from tests.models import (
+    DMS_LAYOUTS,
+    FAMILIES,
+    LAYOUTS,
+    adapter_weights,
+    dms_config,
+    save_checkpoint,
+    tiny_model,
+    tiny_tokens,
+)
 from tests.tolerance import assert_logits_close
 
 WINDOWS = (0, 1, 7, 64)
@@ -121,3 +131,49 @@ def test_graphs_mode(models: dict[str, PreTrainedModel], tmp_path: Path, family:
     folder = save_checkpoint(models[family], tmp_path, "nvidia", window_tokens=7)
     runs = expected_runs(models[family], dms_config("nvidia", 7), "nvidia")
     check_scores(folder, runs, "cuda", 64, mode="graphs")
+
+
+def through_fp8(model: PreTrainedModel, family: str) -> PreTrainedModel:
+    """The same model with its linear layers rounded to e4m3, a scale for each row; a tied head is one of its own."""
+    rounded = tiny_model(family, tie_word_embeddings=False)
+    rounded.load_state_dict(model.state_dict())
+    for layer in rounded.modules():
+        if isinstance(layer, torch.nn.Linear):
+            scale = layer.weight.data.abs().amax(1, keepdim=True) / 448
+            layer.weight.data = (layer.weight.data / scale).to(torch.float8_e4m3fn).float() * scale
+    return rounded
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_weights(tmp_path: Path, family: str, layout: str, tied: bool, device: str) -> None:
+    """Prefill, which dequantises, and decode, which doesn't; the table that tokens are looked up in is not rounded."""
+    exact = tiny_model(family, tie_word_embeddings=tied)
+    rounded = through_fp8(exact, family)
+    runs = expected_runs(rounded, dms_config(layout), layout)  # type: ignore[arg-type]
+    unrounded = expected_runs(exact, dms_config(layout), layout)  # type: ignore[arg-type]
+    assert (runs[0].logits - unrounded[0].logits).abs().max() > 0.1, "fp8 changes nothing: the case tests nothing"
+    folder = save_checkpoint(exact, tmp_path, layout)  # type: ignore[arg-type]
+    check_scores(folder, runs, device, 5, weights="fp8")
+
+
+@pytest.mark.parametrize(
+    ("device", "mode"),
+    [("cpu", "eager"), *(pytest.param("cuda", m, marks=pytest.mark.gpu) for m in ("eager", "graphs"))],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_fp8_weights_in_batches_of_any_size(tmp_path: Path, tied: bool, device: str, mode: str) -> None:
+    """Also of more rows than their kernel takes."""
+    exact = tiny_model("llama_bias", tie_word_embeddings=tied)
+    rounded = through_fp8(exact, "llama_bias")
+    sequences = [tiny_tokens(14, seed=seed) for seed in range(MOST_ROWS + 1)]
+    with fastdms.compile(
+        save_checkpoint(exact, tmp_path, "nvidia"), device=device, dtype="fp32", kv_dtype="fp32", weights="fp8",
+        max_concurrency=len(sequences), max_context=32, mode=mode,
+    ) as model:  # fmt: skip
+        for count in (1, MOST_ROWS, MOST_ROWS + 1):
+            scored = model.score_batch(sequences[:count], [5] * count)
+            for logits, ids in zip(scored, sequences, strict=False):
+                assert_logits_close(logits, oracle.dms_logits(rounded, ids, dms_config("nvidia"))[4:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,16 +123,18 @@ def test_spread_interpolates() -> None:
     assert floor_ms(3e9, 3.0) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weight_bytes_are_those_that_a_step_reads(tied: bool) -> None:
-    from dataclasses import replace
-
+def test_weight_bytes_are_those_that_a_step_reads(tied: bool, weights: torch.dtype) -> None:
     config = replace(SHAPES["tiny"], tie_word_embeddings=tied)
-    decoder = Decoder(config, None, num_positions=50, dtype=torch.bfloat16, device=torch.device("cpu"))
+    decoder = Decoder(
+        config, None, num_positions=50, dtype=torch.bfloat16, weight_dtype=weights, device=torch.device("cpu")
+    )
     # 4 query and 2 KV heads of 16, hidden 64, MLP 128, 2 layers, 512 tokens; the output layer is read, a table of its
     # own is only looked up.
-    layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
-    assert weight_bytes(decoder) == 2 * (512 * 64 + 2 * layer + 64)
+    linears = 512 * 64 + 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)
+    scales = 0 if weights == torch.bfloat16 else 4 * (512 + 2 * ((64 + 2 * 32) + 64 + 2 * 128 + 64))
+    assert weight_bytes(decoder) == weights.itemsize * linears + scales + 2 * (2 * 2 * 64 + 64)
 
 
 @pytest.mark.parametrize("what", ["decode", "prefill", "memory"])

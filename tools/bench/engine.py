@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastdms
+from fastdms.decoder import Decoder
 from fastdms.runtime import CompiledModel
 from fastdms.tools.bench.figures import decode_figures, floor_ms, rate, spread
 from fastdms.tools.bench.settings import EngineSettings
@@ -83,9 +84,9 @@ def open_subject(settings: EngineSettings, kept: float | None, clock: Clock = ti
     )
 
 
-def weight_bytes(decoder: torch.nn.Module) -> int:
+def weight_bytes(decoder: Decoder) -> int:
     """Bytes of all weights that one decode step reads whole: not an embedding table that isn't also the output's."""
-    tied = decoder.lm_head is decoder.embed
+    tied = decoder.lm_head.weight is decoder.embed
     tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
     skipped = _SINGLE_ROWS if tied else (*_SINGLE_ROWS, "embed")
     return sum(tensor.nbytes for name, tensor in tensors.items() if name not in skipped)
