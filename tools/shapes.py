@@ -13,6 +13,7 @@ from fastdms.decoder import Decoder
 from fastdms.options import resolve_cache, resolve_options
 from fastdms.runner import ModelRunner
 from fastdms.runtime import CompiledModel
+from fastdms.weights import load_weights, weight_shapes
 
 __all__ = ["SHAPES", "keep_share_rule", "random_model"]
 
@@ -93,13 +94,17 @@ def random_model(config: ModelConfig, dms: DMSConfig | None, *, seed: int = 0, *
         "kv_memory": None, "prefill_chunk": 2048, "mode": None,
     }  # fmt: skip
     resolved = resolve_options(config, **(arguments | options))
-    decoder = Decoder(config, dms, num_positions=resolved.max_context, dtype=resolved.dtype, device=resolved.device)
+    decoder = Decoder(
+        config, dms, num_positions=resolved.max_context, dtype=resolved.dtype, device=resolved.device,
+        weight_dtype=resolved.weights,
+    )  # fmt: skip
     generator = torch.Generator(resolved.device).manual_seed(seed)
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(std=_WEIGHT_STD, generator=generator)
+
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=resolved.dtype, device=resolved.device)
+        return tensor.fill_(1.0) if "norm" in name else tensor.normal_(std=_WEIGHT_STD, generator=generator)
+
+    load_weights(decoder, ((name, drawn(name, shape)) for name, shape in weight_shapes(decoder).items()))
     cache = CompactCache(resolve_cache(config, dms, resolved), resolved.device)
     runner = ModelRunner(decoder, cache, mode=resolved.mode, max_concurrency=resolved.max_concurrency)
     return CompiledModel(config, dms, resolved, runner, None)

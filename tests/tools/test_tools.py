@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 import fastdms
 from fastdms.bundled_model import default_model
 from fastdms.cli import main
+from fastdms.decoder import DecoderLayer
 from fastdms.tools import demo
+from fastdms.tools.shapes import SHAPES, keep_share_rule, random_model
 from tests.checkpoint.files import edit_json
 from tests.models import save_checkpoint, tiny_model
+from tests.running import engine_of
 from tests.tiny_tokenizers import byte_level, smollm2
 
 
@@ -145,10 +149,26 @@ def test_kv_error_needs_a_tokenizer_and_enough_text(tmp_path: Path, capsys: pyte
 
 
 def test_a_random_model_of_each_shape_is_what_it_says() -> None:
-    from fastdms.tools.shapes import SHAPES, keep_share_rule
-
     for config in SHAPES.values():
         assert keep_share_rule(config, 1.0, 256) is None
         rule = keep_share_rule(config, 0.125, 256)
         assert isinstance(rule, fastdms.DMSConfig)
         assert rule.alpha_offset < 0, "most tokens must be flagged"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("weights", ["auto", "fp8"])
+def test_a_random_model_has_weights_of_any_kind(weights: str, tied: bool) -> None:
+    config = replace(SHAPES["tiny"], tie_word_embeddings=tied)
+    with random_model(config, None, device="cpu", weights=weights, max_context=64) as model:
+        decoder = engine_of(model).runner.decoder
+        layer = decoder.layers[1]
+        assert isinstance(layer, DecoderLayer)
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down, decoder.lm_head):
+            assert (linear.weight.dtype == torch.float8_e4m3fn) == (weights == "fp8")
+            assert linear.dequantised(torch.float32).std() == pytest.approx(0.02, rel=0.05)
+        assert (decoder.lm_head.weight is decoder.embed) == (tied and weights == "auto")
+        close = (decoder.lm_head.dequantised(torch.float32) - decoder.embed).abs().max() < 0.01
+        assert bool(close) == tied
+        assert bool((layer.post_norm == 1).all())
+        assert bool(torch.isfinite(model.score([1, 2, 3], 1)).all())
