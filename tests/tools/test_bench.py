@@ -160,6 +160,15 @@ def test_each_subcommand_measures_a_random_model(what: str, tmp_path: Path, caps
             assert row["kv_bytes"] < rows[row["rows"] - 1]["kv_bytes"]
 
 
+def test_fp8_weights_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["bench", "memory", *TINY, "--weights", "fp8", "--context", "20", "--concurrency", "1", "--kept", "1"])
+        == 0
+    )
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (row["weights"], row["dtype"]) == ("fp8", "float32")
+
+
 def test_start_runs_cold_then_warm(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "start", *TINY, "--context", "20", "--concurrency", "2"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
