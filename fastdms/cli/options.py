@@ -30,6 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dms", choices=("auto", "off"), help="auto: evict as the model was trained to; off: never")
     group.add_argument("--device", help="cpu, cuda or cuda:N; cuda where there is one")
     group.add_argument("--dtype", help="of weights and computation: fp32, bf16 or fp16")
+    group.add_argument("--weights", help="of the linear layers: auto (as --dtype), bf16 or fp8")
     group.add_argument("--kv-dtype", help="of the KV cache: auto, fp32, bf16 or fp8")
     group.add_argument("--kv-memory", type=_memory, metavar="SIZE", help="for the cache: 512MiB, 2GB, or a share: 0.5")
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="prompt and answer together")
@@ -64,7 +65,7 @@ def open_model(args: argparse.Namespace) -> CompiledModel:
     import fastdms
 
     model = fastdms.default_model() if args.model is None else args.model
-    names = ("dms", "device", "dtype", "kv_dtype", "kv_memory", "max_context", "prefill_chunk", "mode")
+    names = ("dms", "device", "dtype", "weights", "kv_dtype", "kv_memory", "max_context", "prefill_chunk", "mode")
     compiled = fastdms.compile(model, max_concurrency=1, **_given(args, names))
     if compiled.dms is None and args.dms != "off":
         print("fastdms: this model has no trained eviction: its KV cache keeps every token", file=sys.stderr)

@@ -27,6 +27,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "--dms off": {"dms": "off"},
     "--device cpu": {"device": "cpu"},
     "--dtype bf16": {"dtype": "bf16"},
+    "--weights fp8": {"weights": "fp8"},
     "--kv-dtype fp8": {"kv_dtype": "fp8"},
     "--kv-memory 1000": {"kv_memory": 1000},
     "--kv-memory 0.5": {"kv_memory": 0.5},
