@@ -1,5 +1,6 @@
 """``fastdms kv-error``: what a KV dtype costs, as the KL divergence of the next-token distribution from fp32 pages.
 
+``fp8 weights`` has fp32 pages too: it shows what ``weights="fp8"`` costs.
 ``fp8, no scale`` stores plain e4m3, to show what the scale per token and head is worth. The runtime has no such pages:
 for that line alone the quantiser of the CPU references, ``fastdms.ops.quantise.quantise``, is replaced.
 """
@@ -19,7 +20,10 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one line per KV dtype: mean and largest KL divergence (nats/token) and the share of equal greedy tokens."""
+    """Print a line for each KV dtype and one for fp8 weights.
+
+    Each gives the mean and the largest KL divergence (nats/token), and the share of equal greedy tokens.
+    """
     parser = Parser(prog="fastdms kv-error", description=__doc__)
     parser.add_argument("model", nargs="?", help="folder, hub id or GGUF file; none: the default model")
     parser.add_argument("--text", required=True, help="a text file; its beginning is scored")
@@ -40,16 +44,15 @@ def _report(args: argparse.Namespace) -> None:
     source = args.model or fastdms.default_model()
     total = args.prompt_tokens + args.decode_tokens
     logprobs: dict[str, Any] = {}
-    for name, kv_dtype, patch in (
-        ("fp32", "fp32", nullcontext()),
-        ("bf16", "bf16", nullcontext()),
-        ("fp8", "fp8", nullcontext()),
-        ("fp8, no scale", "fp8", _no_scale()),
+    for name, kv_dtype, weights, patch in (
+        ("fp32", "fp32", "auto", nullcontext()),
+        ("bf16", "bf16", "auto", nullcontext()),
+        ("fp8", "fp8", "auto", nullcontext()),
+        ("fp8, no scale", "fp8", "auto", _no_scale()),
+        ("fp8 weights", "fp32", "fp8", nullcontext()),
     ):
-        with (
-            patch,
-            fastdms.compile(source, device="cpu", kv_dtype=kv_dtype, max_concurrency=1, max_context=total) as model,
-        ):
+        options: dict[str, Any] = {"device": "cpu", "kv_dtype": kv_dtype, "weights": weights}
+        with patch, fastdms.compile(source, **options, max_concurrency=1, max_context=total) as model:
             if model.tokenizer is None:
                 raise ValueError(f"{source} has no tokenizer, which reading the text needs")
             ids = encode_prompt(model.tokenizer, text[: 16 * total])[:total]

@@ -29,10 +29,13 @@ def test_kv_error_compares_with_fp32_pages(tmp_path: Path, capsys: pytest.Captur
     text.write_text("a text that is long enough for this " * 4)
     assert main(["kv-error", str(folder), "--text", str(text), "--prompt-tokens", "20", "--decode-tokens", "10"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("mean")[0].strip() for line in lines[1:]] == ["fp32", "bf16", "fp8", "fp8, no scale"]
-    exact, bf16, fp8, plain = (float(line.split("mean")[1].split()[0]) for line in lines[1:])
+    assert [line.split("mean")[0].strip() for line in lines[1:]] == [
+        "fp32", "bf16", "fp8", "fp8, no scale", "fp8 weights",
+    ]  # fmt: skip
+    exact, bf16, fp8, plain, weights = (float(line.split("mean")[1].split()[0]) for line in lines[1:])
     assert exact == 0.0 < bf16 < fp8
     assert fp8 != plain
+    assert bf16 < weights != fp8
 
 
 def test_demo_compares_with_a_dense_cache(
