@@ -107,7 +107,8 @@ def _apply(
     fp32_out: bool = False,
 ) -> torch.Tensor:
     """A linear layer with what stands around it, as in ``decode_linear``, which few enough rows are decoded by."""
-    if decoding and x.shape[0] <= MOST_ROWS:
+    # On a CPU decode_linear would copy 16-bit weights to fp32 in every step.
+    if decoding and x.shape[0] <= MOST_ROWS and (x.is_cuda or x.dtype == torch.float32):
         return decode_linear(
             x, linear.weight, scale=linear.scale, bias=linear.bias, norm=norm, norm_eps=eps, residual=residual,
             swiglu=swiglu, fp32_out=fp32_out,
