@@ -92,7 +92,7 @@ def test_a_models_fingerprint_holds_all_that_the_step_is_made_of() -> None:
     assert of() == of(seed=1) == plain
     changed = [
         of(family="llama"), of(dms=dms_config("nvidia", 8)), of(dms=dms_config("shisa", 7)), of(dms="off"),
-        of(kv_dtype="bf16"), of(dtype="bf16", kv_dtype="fp32"), of(max_context=128), of(max_concurrency=2),
-        of(pages=30),
+        of(kv_dtype="bf16"), of(dtype="bf16", kv_dtype="fp32"), of(weights="fp8"), of(max_context=128),
+        of(max_concurrency=2), of(pages=30),
     ]  # fmt: skip
     assert len({plain, *changed}) == len(changed) + 1
