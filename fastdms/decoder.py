@@ -106,9 +106,11 @@ def _apply(
     swiglu: bool = False,
     fp32_out: bool = False,
 ) -> torch.Tensor:
-    """A linear layer with what stands around it, as in ``decode_linear``, which few enough rows are decoded by."""
-    # On a CPU decode_linear would copy 16-bit weights to fp32 in every step.
-    if decoding and x.shape[0] <= MOST_ROWS and (x.is_cuda or x.dtype == torch.float32):
+    """A linear layer with what stands around it, as in ``decode_linear``.
+
+    That decodes fp8 weights for few enough rows. For others torch's products are faster as yet (``docs/lab-notes.md``).
+    """
+    if decoding and linear.scale is not None and x.shape[0] <= MOST_ROWS:
         return decode_linear(
             x, linear.weight, scale=linear.scale, bias=linear.bias, norm=norm, norm_eps=eps, residual=residual,
             swiglu=swiglu, fp32_out=fp32_out,

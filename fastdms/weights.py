@@ -70,7 +70,9 @@ def _store(name: str, tensor: torch.Tensor, place: _Place) -> None:
         largest = exact.abs().amax(1)
         if not largest.isfinite().all():
             raise ValueError(f"tensor {name} has values that are not finite, which fp8 weights can't be made of")
-        scale.copy_((largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny))  # also of a row of zeros
+        # A tensor to divide by, since CUDA multiplies by the inverse of a number: the same weights on every device.
+        exact_scale = largest / largest.new_tensor(FP8_MAX)
+        scale.copy_(exact_scale.clamp_min(torch.finfo(torch.float32).tiny))  # also of a row of zeros
         values.copy_((exact / scale[:, None]).clamp(-FP8_MAX, FP8_MAX))
 
 

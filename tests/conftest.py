@@ -41,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid}", file=sys.stderr, flush=True)  # at once: a run that is stopped has no summary
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
     numpy.random.seed(0)

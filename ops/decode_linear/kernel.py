@@ -50,13 +50,16 @@ class Tile(NamedTuple):
 
 
 def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
-    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each."""
+    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each: near the best that was measured
+    (``docs/lab-notes.md``), within the shared memory of every card."""
     if element_bytes == 4:
         return Tile(channels=16, depth=64, warps=4, stages=2)
-    channels = 16 if swiglu or n < 512 * 32 else 32
-    # Of fewer columns the norm is less than 4 bytes a thread, which are not copied ahead.
-    depth = min(256, max(64, triton.next_power_of_2(k)))
-    return Tile(channels=channels, depth=depth, warps=4, stages=4)  # more don't fit every card's shared memory
+    most = max(64, triton.next_power_of_2(k))
+    if swiglu:
+        return Tile(channels=32, depth=min(256, most), warps=4, stages=3 if element_bytes == 2 else 4)
+    if n >= 2**14:
+        return Tile(channels=32, depth=min(256, most), warps=4, stages=4)
+    return Tile(channels=16, depth=min(512, most), warps=4, stages=3)
 
 
 @triton.jit
