@@ -13,7 +13,7 @@ class Settings:
 
     context: tokens of a sequence that are run; one more is only predicted. prompt_tokens: how many of them go through
     prefill, the others go through the decode path. sequences: of each text, fewer where it is too short for so many.
-    rows: how many of them may run at once; each decode bucket up to it is compiled and captured on a GPU.
+    rows: how many of them may run at once.
     prefill_points: prompt lengths of each sequence at which prefill alone is measured, evenly spaced: the first of N is
     an N-th of ``decode_tokens`` above ``prompt_tokens``, the last is ``context``; 0 leaves that out. kv_dtypes, device,
     dtype: as ``fastdms.compile`` takes them.
