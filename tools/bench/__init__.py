@@ -30,6 +30,7 @@ __all__ = ["main"]
 DEFAULT_SHAPE = "llama-3.2-1b"
 _WHAT = {
     "decode": "tokens per second of decoding, through the whole engine",
+    "profile": "which kernels a decode step's time goes to",
     "prefill": "prompt tokens per second, by context",
     "start": "seconds to a ready model: cold, then with the caches of the compilers kept",
     "memory": "KV bytes in use against a dense bf16 cache, by context and kept share",
@@ -149,6 +150,10 @@ def _report(what: str, settings: Any, command: str, file: IO[str] | None) -> Non
         from fastdms.tools.bench.kernels import table
 
         print(f"\n{table(measured)}")
+    if what == "profile":
+        from fastdms.tools.bench.profile import table as profile_table
+
+        print(f"\n{profile_table(measured)}")
 
 
 def _rows(what: str, settings: Any) -> Iterable[dict[str, Any]]:

@@ -14,6 +14,7 @@ import fastdms
 from fastdms.decoder import Decoder
 from fastdms.runtime import CompiledModel
 from fastdms.tools.bench.figures import decode_figures, floor_ms, rate, spread
+from fastdms.tools.bench.profile import profile_steps
 from fastdms.tools.bench.settings import EngineSettings
 from fastdms.tools.quality.metrics import live_share_outside_window
 from fastdms.tools.shapes import SHAPES, keep_share_rule, random_model
@@ -96,7 +97,7 @@ def measure_subject(
     what: str, subject: Subject, settings: EngineSettings, clock: Clock = time.perf_counter
 ) -> Iterator[dict[str, Any]]:
     """One row for each concurrency and context. What is compiled or allocated at first use stays out of the figures."""
-    measure = {"decode": _decode, "prefill": _prefill, "memory": _memory}[what]
+    measure = {"decode": _decode, "profile": _profile, "prefill": _prefill, "memory": _memory}[what]
     generator = torch.Generator().manual_seed(1)
     for rows in settings.concurrency:
         for context in settings.contexts:
@@ -135,6 +136,10 @@ def _decode(subject: Subject, prompts: list[list[int]], settings: EngineSettings
         "live_bytes": round(live_bytes),
         **_kv(after, subject),
     }
+
+
+def _profile(subject: Subject, prompts: list[list[int]], settings: EngineSettings, _: Clock) -> dict[str, Any]:
+    return profile_steps(subject.model, prompts, settings.repeats)
 
 
 def _prefill(subject: Subject, prompts: list[list[int]], settings: EngineSettings, clock: Clock) -> dict[str, Any]:

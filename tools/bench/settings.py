@@ -137,12 +137,14 @@ class KernelSettings:
 # What each subcommand measures unless told otherwise.
 ENGINE: dict[str, dict[str, object]] = {
     "decode": {},
+    "profile": {"repeats": 20},
     "prefill": {"contexts": (8192, 32768)},
     "start": {"repeats": 1, "concurrency": (8,)},
     "memory": {"contexts": (1024, 4096, 8192, 32768), "concurrency": (1,), "kept": (1.0, 0.25, 0.125)},
 }
 ENGINE_QUICK: dict[str, dict[str, object]] = {
     "decode": {"contexts": (320,), "concurrency": (1,), "new_tokens": 16, "repeats": 1},
+    "profile": {"contexts": (320,), "concurrency": (1,), "new_tokens": 16, "repeats": 3},
     "prefill": {"contexts": (128, 384), "concurrency": (1,), "repeats": 1},
     "start": {"contexts": (64,), "concurrency": (2,), "repeats": 1},
     "memory": {"contexts": (320, 640), "concurrency": (1,)},

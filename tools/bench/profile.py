@@ -1,0 +1,112 @@
+"""What a decode step's time goes to: its launches in order, and by how much each moves the step's end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from fastdms.runtime import CompiledModel
+from fastdms.sampling_params import SamplingParams
+
+__all__ = ["Launch", "by_kernel", "profile_steps", "table"]
+
+_WARM_UP_STEPS = 5
+
+
+class Launch(NamedTuple):
+    """A kernel's run on the device, or on the CPU a whole operation; microseconds from any origin."""
+
+    name: str
+    begin_us: float
+    end_us: float
+
+
+def profile_steps(model: CompiledModel, prompts: Sequence[list[int]], steps: int) -> dict[str, Any]:
+    """``by_kernel`` of ``steps`` decode steps of all ``prompts`` together, after their prefill.
+
+    step_us: from the first launch to the end of the last, for each step. idle_us: of it, with nothing running.
+    Raises ValueError where the prompts leave too little of ``max_context`` for so many steps.
+    """
+    engine = model._open_engine()
+    room = model.options.max_context - max(map(len, prompts))
+    if room < steps + 2 * _WARM_UP_STEPS:
+        raise ValueError(
+            f"{steps} steps take {steps + 2 * _WARM_UP_STEPS} new tokens of a context with room for {room}"
+        )
+    params = SamplingParams(temperature=0.0, max_tokens=steps + 2 * _WARM_UP_STEPS, ignore_eos=True)
+    requests = [model._request(list(prompt), params, answers=False) for prompt in prompts]
+    try:
+        for request in requests:
+            engine.add(request)
+        while not all(len(request.output_ids) >= _WARM_UP_STEPS for request in requests):
+            engine.step()
+        on_cuda = model.options.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
+            for _ in range(steps):
+                engine.step()
+            engine.settle()
+    finally:
+        for request in requests:
+            engine.cancel(request)
+    launches = _launches(recorded.events(), on_cuda)
+    kernels = by_kernel(launches, steps)
+    whole = (max(launch.end_us for launch in launches) - launches[0].begin_us) / steps
+    added = sum(kernel["added_us"] for kernel in kernels)
+    return {"steps": steps, "step_us": round(whole, 3), "idle_us": round(whole - added, 3), "kernels": kernels}
+
+
+def by_kernel(launches: Sequence[Launch], steps: int) -> list[dict[str, Any]]:
+    """The launches of each name, the costliest first.
+
+    launches: of a step, not always whole. us: of one, the time that it waits for the kernel ahead included. added_us:
+    of all in a step, by how much they moved the end of all work so far, so that what overlaps counts once.
+    """
+    found: dict[str, list[float]] = {}
+    end = float("-inf")
+    for launch in sorted(launches, key=lambda launch: launch.begin_us):
+        added = max(0.0, launch.end_us - max(end, launch.begin_us))
+        end = max(end, launch.end_us)
+        sums = found.setdefault(launch.name, [0.0, 0.0, 0.0])
+        for i, value in enumerate((1.0, launch.end_us - launch.begin_us, added)):
+            sums[i] += value
+    rows = [
+        {
+            "name": name,
+            "launches": round(count / steps, 3),
+            "us": round(us / count, 3),
+            "added_us": round(added / steps, 3),
+        }
+        for name, (count, us, added) in found.items()
+    ]
+    return sorted(rows, key=lambda row: -float(row["added_us"]))
+
+
+def table(measured: Sequence[dict[str, Any]]) -> str:
+    """The kernels of each measurement, one under the other."""
+    parts = []
+    for row in measured:
+        lines = [
+            f"{row['model']}, {row['rows']} rows x {row['context']:,}: {row['step_us']:,.1f} us a step, "
+            f"{row['idle_us']:,.1f} of it idle",
+            f"{'added us':>10} {'launches':>9} {'us each':>9}  kernel",
+        ]
+        lines += [
+            f"{kernel['added_us']:>10,.1f} {kernel['launches']:>9,.1f} {kernel['us']:>9,.2f}  {kernel['name'][:80]}"
+            for kernel in row["kernels"]
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _launches(events: Any, on_cuda: bool) -> list[Launch]:
+    """What ran, in order of its begin: on CUDA the device's events, else the operations that no other called."""
+    wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    found = [
+        Launch(event.name, float(event.time_range.start), float(event.time_range.end))
+        for event in events
+        if event.device_type == wanted and event.cpu_parent is None
+    ]
+    return sorted(found, key=lambda launch: launch.begin_us)
