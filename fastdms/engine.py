@@ -64,6 +64,8 @@ class Engine:
             finally:
                 self._depth -= 1
                 self._drop_cancelled()
+        if self._cancelled:  # by another thread, which found the lock taken when no more was dropped
+            self._try_to_drop()
 
     def close(self) -> None:
         """Any later use raises ValueError."""
@@ -79,12 +81,11 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Forget an unfinished request and free its pages; a finished or unknown one is left alone.
 
-        The garbage collector calls this for a stream that nobody holds any more, at any time: in the middle of a step
-        of the same thread it happens at the step's end.
+        The garbage collector calls this for a stream that nobody holds any more, at any time and in any thread. So it
+        waits for nothing: in the middle of a step it happens at the step's end.
         """
-        with self._lock:
-            self._cancelled.append(request)
-            self._drop_cancelled()
+        self._cancelled.append(request)
+        self._try_to_drop()
 
     def take_rows(self, count: int) -> list[int]:
         """Free rows for direct use of the runner, until ``return_rows``; ValueError if too few are free."""
@@ -145,17 +146,25 @@ class Engine:
     def _queue(self, request: Request) -> None:
         insort(self._waiting, request, key=lambda waiting: waiting.arrival)
 
+    def _try_to_drop(self) -> None:
+        if self._lock.acquire(blocking=False):
+            try:
+                self._drop_cancelled()
+            finally:
+                self._lock.release()
+
     def _drop_cancelled(self) -> None:
         if self._depth or self._closed:
             return
         self._depth += 1
         try:
             while self._cancelled:
-                request = self._cancelled.pop()
+                request = self._cancelled[0]
                 if request in self._waiting:
                     self._waiting.remove(request)
                 elif request in self._running:
                     self._leave(request)
+                self._cancelled.remove(request)  # not before: it may be broken off
         finally:
             self._depth -= 1
 
@@ -211,10 +220,13 @@ class Engine:
 
     def _prefill(self, requests: Sequence[Request]) -> None:
         pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
+        failure = ""
         try:
             logits = self.runner.prefill(pieces)
-        except HistoryError as error:  # before anything was run
-            requests[0].error = error
+        except HistoryError as error:
+            failure = str(error)  # kept with its frames it would keep half a history too
+        if failure:  # before anything was run
+            requests[0].error = ValueError(failure)
             self._leave(requests[0])
             return
         starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
@@ -253,7 +265,7 @@ class Engine:
         tokens = flight.land()
         self._flight = None if ahead is None else (requests, ahead)
         landed = [(i, request) for i, request in enumerate(requests) if request is not None]
-        alone = len(self._running) == 1
+        alone = len(requests) == len(self._running) == 1  # what has left since held its pages in this step
         for i, request in landed:
             if tokens[i] == STARVED:
                 self._starve(request, alone, lost_tokens=1)

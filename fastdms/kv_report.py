@@ -15,7 +15,8 @@ __all__ = ["CacheGeometry", "KVReport", "RowUsage"]
 class RowUsage:
     """One row: ``num_tokens`` seen, and how many each span kept: ``live_tokens`` int64 ``[L, Hkv]``.
 
-    Seen are also the tokens of a step at which the row found no page, although not every span could take them.
+    Seen are also the tokens of a step at which the row found no page, although not every span could take them, and on a
+    GPU the token of a step that had begun when the request turned out to have ended.
     """
 
     num_tokens: int

@@ -91,9 +91,9 @@ class Request:
 
     def accept(self, token: int, logits: torch.Tensor) -> None:
         """Take the sampled ``token``, drawn from ``logits [V]`` fp32, and see whether it ends the request."""
-        self.output_ids.append(token)
         if self.logprobs is not None:
             self.logprobs.append(_top_logprobs(logits, token, self.params.logprobs or 0))
+        self.output_ids.append(token)
         reason: FinishReason | None = None
         ends = token in self.end_ids and len(self.output_ids) >= self.params.min_tokens
         piece = self.text.push(token) if self.text else ""

@@ -172,7 +172,7 @@ class ModelRunner:
             if self.device.type != "cuda":
                 return Flight(tokens.clone(), logits, None)
             landed = torch.cuda.Event()
-            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
             on_host.copy_(tokens, non_blocking=True)
             landed.record()
             return Flight(on_host, logits, landed)
@@ -197,6 +197,8 @@ class ModelRunner:
             try:
                 return DenseHistory(self.decoder.config, num_tokens, self.decoder.embed.dtype, self.device)
             except RuntimeError as error:
+                if self.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise HistoryError(
                     f"no memory on {self.device} to prefill {num_tokens} tokens densely; give compile less kv_memory"
                 ) from error

@@ -232,8 +232,9 @@ class CompiledModel:
                     return
                 self._open_engine().step()
         finally:
-            if self._engine is not None:
-                self._engine.cancel(request)
+            engine = self._engine
+            if engine is not None:
+                engine.cancel(request)
             if request.usage is not None:
                 self._last_call = [request.usage]
 

@@ -70,7 +70,7 @@ class StepBuffers(NamedTuple):
         )
         for tensor, column, before in zip(self, columns, held or [None] * len(columns), strict=True):
             if column != before:
-                tensor.copy_(torch.tensor(column, dtype=tensor.dtype), non_blocking=True)
+                tensor.copy_(torch.tensor(column, dtype=tensor.dtype, device="cpu"), non_blocking=True)
         return columns
 
 

@@ -164,6 +164,47 @@ def test_rows_starved_while_decoding_are_recomputed(weights, rule: str) -> None:
         assert all(token in step for token, step in zip(done.token_ids, done.logprobs, strict=True))
 
 
+@pytest.mark.parametrize("how", ["starve", "stop", "cancel"])
+def test_pages_that_come_free_a_step_too_late(weights, how: str) -> None:
+    """A row that finds no page while another, which leaves in that moment, still holds its own is not the only one."""
+    params, prompts = replace(GREEDY, max_tokens=100), [tiny_tokens(50, seed=1), tiny_tokens(62, seed=2)]
+    with compiled(weights, dms="off", max_concurrency=1) as model:
+        first, second = (one(model(prompt, params)).token_ids for prompt in prompts)
+    with compiled(weights, dms="off", max_concurrency=2, pages=16) as model:
+        for k in range(62, 70):
+            if how == "stop" and first[k] in first[:k]:
+                continue
+            other = submit(model, prompts[0], replace(params, stop_token_ids=[first[k]] if how == "stop" else []))
+            last = submit(model, prompts[1], params)
+            if how == "cancel":
+                for _ in range(k):
+                    engine_of(model).step()
+                engine_of(model).cancel(other)
+            drain(model, [last] if how == "cancel" else [other, last])
+            assert (last.finish_reason, last.output_ids) == ("length", second)
+            check_idle(model)
+
+
+def test_a_cancelled_request_leaves_even_if_that_is_broken_off(weights, monkeypatch) -> None:
+    with compiled(weights, dms="off", max_concurrency=2) as model:
+        engine = engine_of(model)
+        expected = one(model(PROMPTS[2], GREEDY)).token_ids
+        requests = [submit(model, PROMPTS[n], GREEDY) for n in (1, 2)]
+        for _ in range(4):
+            engine.step()
+
+        def interrupted(rows: list[int]) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "release", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.cancel(requests[0])
+        drain(model, [requests[1]])
+        assert requests[1].output_ids == expected
+        check_idle(model)
+
+
 def test_rows_that_starve_each_other_come_to_an_end() -> None:
     """Both prompts find no page in the same chunk, with pages left over, and each would have fitted alone."""
     weights = tiny_model("qwen3", max_position_embeddings=2048)
