@@ -189,6 +189,15 @@ def test_kv_memory_as_a_share(weights, monkeypatch) -> None:
         compiled(weights, dms=MASKED)
 
 
+def test_no_memory_for_the_cache(weights, monkeypatch) -> None:
+    def none(self: CompactCache, *args: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(CompactCache, "__init__", none)
+    with pytest.raises(ValueError, match=r"no memory on cpu for a cache of 64 pages: can't allocate"):
+        compiled(weights, dms=MASKED)
+
+
 @pytest.mark.parametrize("rule", ["dense", "off"])
 def test_a_share_leaves_room_for_a_dense_prefill(weights, monkeypatch, rule: str) -> None:
     """One prompt of 256 tokens, whole, in fp32; at most half of what the cache would have had."""

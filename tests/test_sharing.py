@@ -51,6 +51,8 @@ def test_logits_that_are_not_finite_are_an_error(sampling: dict[str, Any]) -> No
     model = compiled(weights)
     with pytest.raises(ValueError, match="logits are not finite"):
         model([5], **sampling)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model.score([5, 7], 1)
     check_idle(model)
     assert one(model([7, 8], temperature=0, max_tokens=3, ignore_eos=True)).finish_reason == "length"
 

@@ -191,3 +191,12 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(queries, layer, positions=positions, rows=rows, sm_scale=1.0)
+
+
+def test_scales_that_begin_at_an_odd_element() -> None:
+    """They are read in pairs, of which a view from there on has none."""
+    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    scales = torch.zeros(9, dtype=torch.bfloat16)
+    assert kernel._pairs(scales[:8]).shape == (4,)
+    with pytest.raises(ValueError, match="odd element"):
+        kernel._pairs(scales[1:])
