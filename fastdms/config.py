@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["DMSConfig", "ModelConfig", "RopeConfig"]
+__all__ = ["DMSConfig", "ModelConfig", "RopeConfig", "dense_tokens"]
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 ZeroBorrowed = Literal["none", "pre_rope", "pre_and_post_rope"]
@@ -116,6 +116,16 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+
+def dense_tokens(dms: DMSConfig | None, prompt_len: int, num_tokens: int, chunk: int) -> int:
+    """How many of a row's first ``num_tokens`` tokens are prefilled densely, ``prompt_len`` of them its prompt.
+
+    Without eviction, which has no use for the mask, those that fill a chunk of ``chunk`` tokens; fewer share one.
+    """
+    if dms is None:
+        return num_tokens if num_tokens >= chunk else 0
+    return prompt_len if dms.prefill == "dense" else 0
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fastdms.config import dense_tokens
 from fastdms.request import Request
 from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
 
@@ -211,7 +212,7 @@ class Engine:
     def _remainder(self, request: Request) -> PrefillPiece:
         """All that is still to prefill, or still to prefill densely."""
         ids = request.to_compute
-        dense = self.runner.dense_tokens(len(request.prompt_ids), len(ids), self._prefill_chunk)
+        dense = dense_tokens(self.runner.decoder.dms, len(request.prompt_ids), len(ids), self._prefill_chunk)
         if request.computed >= dense:
             return PrefillPiece(row=_row(request), token_ids=ids[request.computed :], start=request.computed)
         return PrefillPiece(

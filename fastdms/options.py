@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdms.cache import CacheConfig
-from fastdms.config import DMSConfig, ModelConfig
+from fastdms.config import DMSConfig, ModelConfig, dense_tokens
 from fastdms.graphs import check_mode
 from fastdms.ops import KV_DTYPES
 
@@ -134,10 +134,8 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
 
 def _history_bytes(config: ModelConfig, dms: DMSConfig | None, options: Options) -> int:
     """What a dense prefill of the longest prompt holds beside the cache."""
-    if (dms is None and options.max_context < options.prefill_chunk) or (dms is not None and dms.prefill == "masked"):
-        return 0
-    heads = config.num_layers * config.num_kv_heads * config.head_dim
-    return 2 * heads * options.max_context * options.dtype.itemsize
+    tokens = dense_tokens(dms, options.max_context, options.max_context, options.prefill_chunk)
+    return 2 * config.num_layers * tokens * config.num_kv_heads * config.head_dim * options.dtype.itemsize
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -90,8 +90,8 @@ def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[Pref
 class ModelRunner:
     """Owns the decoder, its cache and the graph cache of its decode step.
 
-    A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``dense_tokens`` says.
-    Until they are all there, or the row is released, their keys and values are held whole beside the cache.
+    A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``config.dense_tokens``
+    says. Until they are all there, or the row is released, their keys and values are held whole beside the cache.
 
     debug: check before each replay that weights and state lie where they did at capture.
     """
@@ -152,15 +152,6 @@ class ModelRunner:
         if decoder.dms is not None and decoder.dms.prefill == "masked":
             return None
         return dense_kernel(decoder.embed.dtype, decoder.config.head_dim, self.device)
-
-    def dense_tokens(self, prompt_len: int, num_tokens: int, chunk: int) -> int:
-        """How many of a row's first ``num_tokens`` tokens are prefilled densely, ``prompt_len`` of them its prompt.
-
-        Without eviction, which has no use for the mask, those that fill a chunk of ``chunk`` tokens; fewer share one.
-        """
-        if self.decoder.dms is None:
-            return num_tokens if num_tokens >= chunk else 0
-        return prompt_len if self.decoder.dms.prefill == "dense" else 0
 
     def decode(self, inputs: Sequence[RowInput] | None) -> Flight:
         """Start a step that feeds one token for each of ``inputs`` and samples the next.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastdms.config import dense_tokens
 from fastdms.graphs import RowInput
 from fastdms.runner import ModelRunner, PrefillPiece, fill_chunk
 
@@ -21,7 +22,7 @@ def score(
     Raises ValueError when the cache has no page left.
     """
     out: list[list[torch.Tensor]] = [[] for _ in sequences]
-    dense = [runner.dense_tokens(length, length, chunk) for length in prompt_lens]
+    dense = [dense_tokens(runner.decoder.dms, length, length, chunk) for length in prompt_lens]
     done = [0] * len(sequences)
     while pending := [i for i, length in enumerate(prompt_lens) if done[i] < length]:
         remainders = (

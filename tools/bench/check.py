@@ -36,11 +36,10 @@ def check_op(spec: Spec, device: torch.device) -> None:
     cache = None if expected.cache is None else _copy(expected.cache, device)
     out = launch(expected.spec, tensors, cache, 0)
     reference = launch(expected.spec, expected.sets[0], expected.cache, 0)
-    wrong = (
-        None
-        if reference is None
-        else _output_fault(out, reference, tensors["x"].dtype if spec.op == "decode_linear" else out.dtype)
-    )
+    wrong = None
+    if reference is not None:
+        computed = tensors["x"].dtype if spec.op == "decode_linear" else out.dtype
+        wrong = _output_fault(out, reference, computed)
     if expected.cache is not None and cache is not None and wrong is None:
         wrong = _state_fault(cache, expected.cache)
     if wrong is not None:
