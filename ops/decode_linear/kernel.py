@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
 
 def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
-    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each: near the best that was measured
+    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each: near the best that was tried
     (``docs/lab-notes.md``), within the shared memory of every card."""
     if element_bytes == 4:
         return Tile(channels=16, depth=64, warps=4, stages=2)
