@@ -109,16 +109,13 @@ def measure(subject: Subject) -> list[dict[str, Any]]:
 
 @contextmanager
 def engines(subject: Subject, kv_dtype: str) -> Iterator[tuple[fastdms.CompiledModel, fastdms.CompiledModel]]:
-    """The checkpoint twice, with eviction off and as it was trained.
-
-    Nothing is compiled: the ops are the same, and some thousand steps are over before their graphs would be ready.
-    """
+    """The checkpoint twice, with eviction off and as it was trained."""
     settings = subject.settings
 
     def compiled(dms: str) -> fastdms.CompiledModel:
         return fastdms.compile(
             subject.source, tokenizer=subject.tokenizer, dms=dms, device=settings.device, dtype=settings.dtype,
-            kv_dtype=kv_dtype, max_concurrency=settings.rows, max_context=settings.context, mode="eager",
+            kv_dtype=kv_dtype, max_concurrency=settings.rows, max_context=settings.context,
         )  # fmt: skip
 
     with compiled("off") as off, compiled("auto") as on:
