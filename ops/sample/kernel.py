@@ -1,4 +1,4 @@
-"""Triton backend of sample: one program per row, several passes over its logits."""
+"""Triton backend of sample: the largest logit by slices, then a program per row, with several passes if it draws."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.sample.reference import LARGEST_UNIFORM
+from fastdms.ops.triton_common import dependent_launch
 
 _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -42,52 +44,78 @@ def _smallest_within(scratch_ptr, wanted, limit, vocab, COUNT: tl.constexpr, BLO
 
 
 @triton.jit
-def _sample_kernel(
+def _best_kernel(
     logits_ptr,
+    positions_ptr,
+    banned_ids_ptr,
+    banned_until_ptr,
+    scratch_ptr,
+    best_ptr,
+    tokens_ptr,
+    stride_logits_row,
+    vocab,
+    num_banned,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """best, token = max x_i, argmax x_i over the slice's i, x_i = -inf where i is banned; scratch holds x.
+
+    NaN counts as -inf here, so that best equals itself and token is an id whatever the logits.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    i_b = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(1)
+    o_v = i_s * BLOCK + tl.arange(0, BLOCK)
+    m_v = o_v < vocab
+    x = tl.load(logits_ptr + i_b * stride_logits_row + o_v, mask=m_v, other=-float("inf"))
+    if tl.load(positions_ptr + i_b) < tl.load(banned_until_ptr + i_b):
+        for i in range(num_banned):
+            x = tl.where(o_v == tl.load(banned_ids_ptr + i_b * num_banned + i), -float("inf"), x)
+    tl.store(scratch_ptr + i_b * vocab + o_v, x, mask=m_v)
+    best, token = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
+    partial = i_b * tl.num_programs(1) + i_s
+    tl.store(best_ptr + partial, best)
+    tl.store(tokens_ptr + partial, i_s * BLOCK + token)
+
+
+@triton.jit
+def _sample_kernel(
+    best_ptr,
+    tokens_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
     seeds_ptr,
     positions_ptr,
-    banned_ids_ptr,
-    banned_until_ptr,
     scratch_ptr,
     out_ptr,
-    stride_logits_row,
     vocab,
-    num_banned,
+    num_slices,
+    SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """argmax_i log p_i - log e_i over the kept i; scratch holds the distances (max - x_i) / temperature.
+    """argmax_i log p_i - log e_i over the kept i; scratch's x_i become the distances (max - x_i) / temperature.
 
     Top-k, top-p and min-p each bound the distance; min-p by -log(min_p), for near the maximum exp rounds to 1.
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     i_b = tl.program_id(0).to(tl.int64)
-    logits_ptr += i_b * stride_logits_row
     scratch_ptr += i_b * vocab
     o_block = tl.arange(0, BLOCK)
+    o_s = tl.arange(0, SLICES)
+    m_s = o_s < num_slices
+    slice_best = tl.load(best_ptr + i_b * num_slices + o_s, mask=m_s, other=-float("inf"))
+    slice_token = tl.load(tokens_ptr + i_b * num_slices + o_s, mask=m_s, other=0)
     position = tl.load(positions_ptr + i_b)
     temperature = tl.load(temperature_ptr + i_b)
-
-    for first in range(0, vocab, BLOCK):
-        m_v = first + o_block < vocab
-        tl.store(scratch_ptr + first + o_block, tl.load(logits_ptr + first + o_block, mask=m_v), mask=m_v)
-    tl.debug_barrier()  # the scratch is written and read by different threads of the program
-    if position < tl.load(banned_until_ptr + i_b):
-        for i in range(num_banned):
-            banned = tl.load(banned_ids_ptr + i_b * num_banned + i)
-            if banned >= 0:
-                tl.store(scratch_ptr + banned, float("-inf"))
-        tl.debug_barrier()
-
-    best = -float("inf")
-    token = 0
-    for first in range(0, vocab, BLOCK):
-        x = tl.load(scratch_ptr + first + o_block, mask=first + o_block < vocab, other=-float("inf"))
-        block_best, block_token = tl.max(x, 0, return_indices=True)
-        token = tl.where(block_best > best, first + block_token, token)
-        best = tl.maximum(best, block_best)
+    best = tl.max(slice_best, 0)
+    token = tl.min(tl.where(slice_best == best, slice_token, vocab), 0)
 
     if temperature > 0.0:
         for first in range(0, vocab, BLOCK):
@@ -144,10 +172,17 @@ def sample(
         return out
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    scratch = torch.empty((batch, vocab), dtype=torch.float32, device=logits.device)
+    block = min(4096, triton.next_power_of_2(vocab))
+    slices = triton.cdiv(vocab, block)
+    scratch = logits.new_empty((batch, vocab))
+    best, tokens = logits.new_empty((batch, slices)), logits.new_empty((batch, slices), dtype=torch.int32)
+    dependent = dependent_launch(logits.device)
+    _best_kernel[(batch, slices)](
+        logits, positions, banned_ids.contiguous(), banned_until, scratch, best, tokens,
+        logits.stride(0), vocab, banned_ids.shape[1], BLOCK=block, num_warps=8, **dependent,
+    )  # fmt: skip
     _sample_kernel[(batch,)](
-        logits, temperature, top_k, top_p, min_p, seeds, positions, banned_ids.contiguous(), banned_until,
-        scratch, out, logits.stride(0), vocab, banned_ids.shape[1],
-        BLOCK=min(4096, triton.next_power_of_2(vocab)), num_warps=8,
+        best, tokens, temperature, top_k, top_p, min_p, seeds, positions, scratch, out, vocab, slices,
+        SLICES=triton.next_power_of_2(slices), BLOCK=block, num_warps=8, **dependent,
     )  # fmt: skip
     return out

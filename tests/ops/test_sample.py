@@ -18,6 +18,7 @@ _DTYPES = {
     "seeds": torch.int64, "positions": torch.int32, "banned_until": torch.int32,
 }  # fmt: skip
 _DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0, "banned_until": 0}
+_SLICE = 4096  # logits that one program of the kernel looks at for the largest
 
 
 def _settings(batch: int, **changes: Any) -> dict[str, torch.Tensor]:
@@ -26,7 +27,8 @@ def _settings(batch: int, **changes: Any) -> dict[str, torch.Tensor]:
     for name, dtype in _DTYPES.items():
         value = changes.get(name, _DEFAULTS[name])
         out[name] = torch.tensor(value if isinstance(value, list) else [value] * batch, dtype=dtype)
-    out["banned_ids"] = torch.tensor(changes.get("banned_ids", [[-1, -1]] * batch), dtype=torch.int32).view(batch, 2)
+    banned_ids = torch.tensor(changes.get("banned_ids", [[-1, -1]] * batch), dtype=torch.int32)
+    out["banned_ids"] = banned_ids.view(batch, banned_ids.shape[-1])
     return out
 
 
@@ -94,6 +96,40 @@ def test_greedy(backend: str) -> None:
     assert _sample(backend, logits, temperature=0.0, top_k=3, top_p=0.1, min_p=0.9, seeds=4) == [1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("rest", [0.0, -math.inf])
+@pytest.mark.parametrize("vocab", [_SLICE - 1, _SLICE, _SLICE + 1, 2 * _SLICE - 1, 2 * _SLICE, 2 * _SLICE + 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_largest_logit_lies_in_any_slice(backend: str, vocab: int, rest: float) -> None:
+    """Alone, or equal to another in the same slice or a later one; with ``rest`` -inf, in all slices but theirs."""
+    edges = sorted({0, 1, _SLICE - 2, _SLICE - 1, _SLICE, vocab - 2, vocab - 1} & set(range(vocab)))
+    rows = [*itertools.combinations(edges, 1), *itertools.combinations(edges, 2)]
+    logits = torch.full((len(rows), vocab), rest)
+    for row, largest in zip(logits, rows, strict=True):
+        row[list(largest)] = 1.0 if rest == 0.0 else -2.0
+    assert _sample(backend, logits, temperature=0.0) == [largest[0] for largest in rows]
+    drawn = _sample(backend, logits, min_p=1.0, seeds=list(range(len(rows))))
+    assert all(token in largest for token, largest in zip(drawn, rows, strict=True))
+    assert any(token != largest[0] for token, largest in zip(drawn, rows, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, by which the interpreter computes
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_finite_maximum(backend: str) -> None:
+    """They give some id, wherever the value lies, and leave the row between them alone."""
+    vocab, token = 2 * _SLICE + 3, _SLICE + 7
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, _SLICE, vocab - 1, slice(None)):
+            logits = torch.zeros(3, vocab)
+            logits[::2] = -math.inf if value == -math.inf else 0.0
+            logits[::2, place] = value
+            logits[1, token] = 50.0
+            for temperature in (0.0, 1.0):
+                first, middle, last = _sample(backend, logits, temperature=temperature)
+                assert middle == token
+                assert 0 <= first < vocab
+                assert 0 <= last < vocab
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_banned_ids(backend: str) -> None:
     logits = torch.tensor([[0.0, 3, 2, 1]] * 5)
@@ -107,6 +143,19 @@ def test_banned_ids(backend: str) -> None:
     everything = _sample(backend, logits, temperature=100.0, top_k=0, seeds=list(range(5)), **settings)
     assert everything[0] != 1
     assert everything[1] in (0, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_banned_ids_of_several_slices(backend: str) -> None:
+    """Row i bans the i likeliest tokens, which lie at the edges of slices, so that the next one is chosen."""
+    likeliest = [_SLICE, 2 * _SLICE + 7, _SLICE - 1, 0, 2 * _SLICE - 1, 2 * _SLICE, 5]
+    logits = torch.zeros(len(likeliest), 2 * _SLICE + 8)
+    logits[:, likeliest] = torch.arange(len(likeliest), 0, -1.0)
+    banned_ids = [[*likeliest[:i], *[-1] * (len(likeliest) - i)] for i in range(len(likeliest))]
+    for temperature in (0.0, 1e-6):
+        changes = {"temperature": temperature, "banned_ids": banned_ids, "positions": 3}
+        assert _sample(backend, logits, banned_until=4, **changes) == likeliest
+        assert _sample(backend, logits, banned_until=3, **changes) == [likeliest[0]] * len(likeliest)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,7 +222,7 @@ def test_keep_mask_against_its_definition() -> None:
 
 def test_kernel_draws_what_the_reference_draws() -> None:
     generator = torch.Generator().manual_seed(0)
-    for vocab in (1, 50, 4200) if DEVICE.type == "cpu" else (1, 50, 300, 5000, 128_256):
+    for vocab in (1, 50, _SLICE, 8200) if DEVICE.type == "cpu" else (1, 50, 300, 5000, 128_256):
         batch = 6
         logits = torch.randn(batch, vocab, generator=generator) * 3
         changes = {
@@ -183,7 +232,7 @@ def test_kernel_draws_what_the_reference_draws() -> None:
             "min_p": [0.0, 0.0, 0.0, 0.0, 0.01, 0.05],
             "seeds": [1, 2, 3, 2**40 + 5, 2**63 - 1, 0],
             "positions": [5, 0, 9, 131_071, 3, 2],
-            "banned_ids": [[0, -1]] * batch,
+            "banned_ids": [[0, vocab - 1]] * batch,
             "banned_until": [0, 9, 9, 0, 9, 0] if vocab > 1 else 0,
         }
         wide = torch.empty(batch, 2 * vocab).copy_(torch.cat((logits, logits), 1))  # rows with a gap
