@@ -108,9 +108,11 @@ def _apply(
 ) -> torch.Tensor:
     """A linear layer with what stands around it, as in ``decode_linear``.
 
-    That decodes fp8 weights for few enough rows. For others torch's products are faster as yet (``docs/lab-notes.md``).
+    That decodes fp8 weights for few enough rows, and others for one row on CUDA; for more rows torch's products are
+    faster as yet (``docs/lab-notes.md``).
     """
-    if decoding and linear.scale is not None and x.shape[0] <= MOST_ROWS:
+    most_rows = MOST_ROWS if linear.scale is not None else 1 if x.is_cuda else 0
+    if decoding and x.shape[0] <= most_rows:
         return decode_linear(
             x, linear.weight, scale=linear.scale, bias=linear.bias, norm=norm, norm_eps=eps, residual=residual,
             swiglu=swiglu, fp32_out=fp32_out,
@@ -122,7 +124,9 @@ def _apply(
         gate, up = x.chunk(2, -1)
         x = F.silu(gate) * up
     if residual is not None:
-        x = residual + x
+        # In fp32, rounded once as ever, the compiler adds it in the norm that follows. Else it would have cuBLAS add to
+        # a copy.
+        x = (residual.float() + x.float()).to(x.dtype) if decoding else residual + x
     return x.float() if fp32_out else x
 
 

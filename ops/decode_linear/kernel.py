@@ -1,6 +1,7 @@
-"""Triton backend of decode_linear: one kernel for any number of rows, whose programs share the output channels.
+"""Triton backend of decode_linear: one kernel for several rows, whose programs share the output channels.
 
-Rows are padded to 16 and no sum is split over programs, so that a row's result hangs on nothing but the row.
+Rows are padded to 16 and no sum is split over programs, so that a row's result hangs on nothing but the row. A single
+row has a kernel of its own.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
@@ -14,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_linear.schema import MOST_ROWS
+from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits
 from fastdms.ops.triton_common import dependent_launch, dot_dtype
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
@@ -243,10 +245,13 @@ def decode_linear(
     out = x.new_empty((rows, n), dtype=torch.float32 if fp32_out else x.dtype)
     if rows == 0:
         return out
+    if rows == 1 and fits(x, weight, norm):
+        decode_vector(x, weight, scale, bias, norm, norm_eps, residual, out, swiglu)
+        return out
     cut = tile(n, k, 4 if x.dtype == torch.float32 else weight.element_size(), swiglu)
     dependent = dependent_launch(x.device)
     _decode_linear_kernel[(triton.cdiv(n, cut.channels),)](
-        x, weight, scale, bias, norm, residual, out, _row_stride(x), n if residual is None else _row_stride(residual),
+        x, weight, scale, bias, norm, residual, out, x.stride(0), n if residual is None else residual.stride(0),
         rows, n, k, norm_eps, ROWS=MOST_ROWS, BLOCK_N=cut.channels, BLOCK_K=cut.depth, WARPS=cut.warps,
         EVEN_K=k % cut.depth == 0, DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,
@@ -254,11 +259,6 @@ def decode_linear(
         num_warps=cut.warps, num_stages=cut.stages, **dependent,
     )  # fmt: skip
     return out
-
-
-def _row_stride(x: torch.Tensor) -> int:
-    """Of one row any stride is true; with its length the compiler sees what it sees of several."""
-    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 def prefetch_bytes(weight: torch.Tensor, cut: Tile, swiglu: bool) -> int:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdms.ops import MOST_ROWS, decode_linear
+from fastdms.ops.decode_linear import vector_kernel
 from fastdms.ops.decode_linear.kernel import Tile, prefetch_bytes, tile
 from tests.ops.harness import BACKENDS, DEVICE, on
 from tests.tolerance import LOGITS_RELATIVE, assert_within_error_budget, rounding_band
@@ -102,11 +103,12 @@ _FLAGS = ("norm", "bias", "residual", "swiglu", "fp32_out")
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), _DTYPES)
 @pytest.mark.parametrize("flags", [(), ("norm",), ("norm", "swiglu"), ("residual", "bias"), _FLAGS], ids="-".join)
+@pytest.mark.parametrize("rows", [1, 13])
 def test_right_and_within_the_error_budget(
-    flags: tuple[str, ...], dtype: torch.dtype, weight_dtype: torch.dtype
+    rows: int, flags: tuple[str, ...], dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
     """Against roundings to the compute dtype wherever a layer of its own would end."""
-    inputs = _inputs(13, 40, 520, dtype, weight_dtype, **dict.fromkeys(flags, True))
+    inputs = _inputs(rows, 40, 520, dtype, weight_dtype, **dict.fromkeys(flags, True))
     oracle, plain = _oracle(inputs), _oracle(inputs, dtype).to(dtype)
     reference, kernel = (_run(backend, inputs) for backend in BACKENDS)
     _assert_right(reference, inputs)
@@ -123,6 +125,25 @@ def test_any_tile(cut: Tile, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.import_module("fastdms.ops.decode_linear.kernel"), "tile", lambda *_: cut)
     inputs = _inputs(6, 150, 200, torch.float16, norm=True, bias=True, residual=True, swiglu=swiglu)
     _assert_right(_run("kernel", inputs), inputs)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), _DTYPES)
+@pytest.mark.parametrize("cut", itertools.product((1, 4, 8), (1, 2, 8)), ids=str)
+@pytest.mark.parametrize("k", [96, 2048, 4128])
+def test_any_tile_of_one_row(
+    k: int, cut: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of weights that end inside a tile, with it, and after several."""
+    monkeypatch.setattr(vector_kernel, "tile", lambda *_: vector_kernel.Tile(*cut))
+    inputs = _inputs(1, 21, k, dtype, weight_dtype, norm=True, residual=True, swiglu=True)
+    _assert_right(_run("kernel", inputs), inputs)
+
+
+def test_the_tile_of_one_row_fits_layers_of_any_size() -> None:
+    for n, element_bytes in itertools.product((1, 64, 2048, 8191, 8192, 32768, 200_000), (1, 2, 4)):
+        cut = vector_kernel.tile(n, element_bytes)
+        assert cut.channels in (4, 8)
+        assert cut.warps in (1, 2, 4)
 
 
 @_GPU
@@ -143,7 +164,7 @@ def test_layers_of_published_models(n: int, k: int, flags: tuple[str, ...], weig
 @settings(max_examples=40)
 @given(data=st.data())
 def test_any_size_and_any_part(data: st.DataObject) -> None:
-    rows = data.draw(st.integers(1, MOST_ROWS), "rows")
+    rows = data.draw(st.just(1) | st.integers(1, MOST_ROWS), "rows")
     n, k = data.draw(st.integers(1, 70), "n"), data.draw(st.integers(1, 600), "k")
     if data.draw(st.booleans(), "aligned"):
         k = -(-k // 64) * 64
@@ -163,7 +184,7 @@ def test_any_size_and_any_part(data: st.DataObject) -> None:
 def test_a_row_is_the_same_in_any_batch_and_place(
     flags: tuple[str, ...], dtype: torch.dtype, weight_dtype: torch.dtype
 ) -> None:
-    """Bit for bit: alone, in each place of every kind of batch, beside other rows, infinities and NaN."""
+    """Bit for bit: in each place of every kind of batch of several, beside other rows, infinities and NaN."""
     whole = _inputs(MOST_ROWS, 33, 300, dtype, weight_dtype, **dict.fromkeys(flags, True))
     expected = _run("kernel", whole)
 
@@ -178,8 +199,6 @@ def test_a_row_is_the_same_in_any_batch_and_place(
         checked = 1 if others is not None else len(rows)
         assert torch.equal(out[:checked], expected[rows][:checked]), rows
 
-    for row in (0, 7, 15):
-        check([row])
     check(list(range(15, -1, -1)))
     check([5, 0, 3])
     check([9, 9, 2, 4, 11, 9])
@@ -189,27 +208,30 @@ def test_a_row_is_the_same_in_any_batch_and_place(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("flags", [("norm",), ("residual", "swiglu")], ids="-".join)
-def test_rows_with_gaps_and_nothing_read_between_them(backend: str, flags: tuple[str, ...]) -> None:
-    inputs = _inputs(5, 20, 70, torch.float32, None, **dict.fromkeys(flags, True))
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_with_gaps_and_nothing_read_between_them(rows: int, flags: tuple[str, ...], backend: str) -> None:
+    inputs = _inputs(rows, 20, 70, torch.float32, None, **dict.fromkeys(flags, True))
     assert torch.equal(_run(backend, inputs, gaps=True), _run(backend, inputs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=_GPU), torch.float32])
 @pytest.mark.parametrize("magnitude", [6e-8, 1e-3, 6e4])
-def test_norms_of_large_and_small_rows(backend: str, dtype: torch.dtype, magnitude: float) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_norms_of_large_and_small_rows(rows: int, magnitude: float, dtype: torch.dtype, backend: str) -> None:
     """Where x * norm or its square leaves fp16 although the normalised value does not."""
-    inputs = _inputs(3, 20, 100, dtype, norm=True)
-    inputs["x"] = (torch.rand(3, 100).sub(0.5).sign() * magnitude).to(dtype)
+    inputs = _inputs(rows, 20, 100, dtype, norm=True)
+    inputs["x"] = (torch.rand(rows, 100).sub(0.5).sign() * magnitude).to(dtype)
     inputs["norm"] = inputs["norm"] * 30
     inputs["norm_eps"] = 1e-12
     _assert_right(_run(backend, inputs), inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gates_far_from_zero(backend: str) -> None:
-    inputs = _inputs(1, 4, 1, swiglu=True)
-    inputs["x"], inputs["weight"] = torch.ones(1, 1), torch.tensor([-1e4, -80.0, 80, 1e4, 3, 3, 3, 3])[:, None]
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gates_far_from_zero(rows: int, backend: str) -> None:
+    inputs = _inputs(rows, 4, 1, swiglu=True)
+    inputs["x"], inputs["weight"] = torch.ones(rows, 1), torch.tensor([-1e4, -80.0, 80, 1e4, 3, 3, 3, 3])[:, None]
     out = _run(backend, inputs)
     assert torch.equal(out[0, 2:], torch.tensor([240.0, 3e4]))
     assert bool((out[0, :2].abs() < 1e-30).all())
@@ -240,14 +262,15 @@ def test_prefetches_lie_within_their_rows() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("kernel", marks=_GPU)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_fp8_weight(dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_every_fp8_weight(rows: int, dtype: torch.dtype, backend: str) -> None:
     """All but NaN, subnormals among them, exactly."""
     stored = torch.arange(256, dtype=torch.uint8).view(_FP8)
     stored = stored[~stored.float().isnan()]
     weight = torch.zeros(len(stored), 80)
     weight[:, 70] = stored.float()
-    x = torch.zeros(1, 80, dtype=dtype)
-    x[0, 70] = 1.0
+    x = torch.zeros(rows, 80, dtype=dtype)
+    x[:, 70] = 1.0
     inputs = {"x": x, "weight": weight.to(_FP8), "scale": torch.full((len(stored),), 0.5), "fp32_out": True}
     assert torch.equal(_run(backend, inputs)[0], stored.float() / 2)
 
@@ -255,8 +278,8 @@ def test_every_fp8_weight(dtype: torch.dtype, backend: str) -> None:
 @_GPU
 def test_weights_that_begin_anywhere() -> None:
     """Rows that no vector load and no prefetch fits, at the end of an allocation too."""
-    for k, offset in ((64, 1), (63, 0), (72, 8), (8, 0), (24, 4)):
-        inputs = _inputs(4, 50, k, torch.bfloat16, norm=True)
+    for rows, (k, offset) in itertools.product((1, 4), ((64, 1), (63, 0), (72, 8), (8, 0), (24, 4))):
+        inputs = _inputs(rows, 50, k, torch.bfloat16, norm=True)
         buffer = torch.empty(50 * k + offset, dtype=torch.bfloat16, device=DEVICE)
         moved = _to(DEVICE, inputs)
         moved["weight"] = buffer[offset:].view(50, k)
@@ -265,9 +288,10 @@ def test_weights_that_begin_anywhere() -> None:
 
 
 @_GPU
-def test_more_weights_than_32_bits_count() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_more_weights_than_32_bits_count(rows: int) -> None:
     n, k = 2**31 // 16384 + 64, 16384
-    inputs = _inputs(3, 64, k, torch.bfloat16, _FP8)
+    inputs = _inputs(rows, 64, k, torch.bfloat16, _FP8)
     large = _to(DEVICE, inputs)
     large["weight"] = torch.zeros(n, k, dtype=torch.uint8, device=DEVICE).view(_FP8)
     large["weight"][-64:].view(torch.uint8).copy_(inputs["weight"].view(torch.uint8))

@@ -1,0 +1,238 @@
+"""Triton backend of decode_linear for one row: a matrix times a vector, without the matrix units.
+
+Programs are small and many, so that several share a multiprocessor: while some wait, others load. Each asks for its
+first weights before it waits for the kernel ahead. A thread loads four words of 32 bits at a time, adds up what lies in
+them for every channel, and only these sums meet in the end.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined, assignment"
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastdms.ops.triton_common import dependent_launch
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+_FP8_TO_FP32 = tl.constexpr("""{
+.reg .b16 l, h, a, b;
+.reg .b32 p, q;
+mov.b32 {l, h}, $4;
+cvt.rn.f16x2.e4m3x2 p, l;
+cvt.rn.f16x2.e4m3x2 q, h;
+mov.b32 {a, b}, p;
+cvt.f32.f16 $0, a;
+cvt.f32.f16 $1, b;
+mov.b32 {a, b}, q;
+cvt.f32.f16 $2, a;
+cvt.f32.f16 $3, b;
+}""")
+
+
+class Tile(NamedTuple):
+    """Output channels of a program (twice as many rows of weights with swiglu), and its warps."""
+
+    channels: int
+    warps: int
+
+
+def tile(n: int, element_bytes: int) -> Tile:
+    """The cut for ``n`` output channels of weights of ``element_bytes`` that measured best (``docs/lab-notes.md``).
+
+    Where there are few channels, more warps share a row of weights; each must have something to load.
+    """
+    if n < 2**13:
+        return Tile(channels=4, warps=4)
+    return Tile(channels=4 if n < 2**15 else 8, warps=1 if element_bytes == 1 else 2)
+
+
+@triton.jit
+def _halves(parts, WIDTH: tl.constexpr):
+    """Each of ``parts``, ``[.., WIDTH]``, as the two of its even and its odd columns, ``[.., WIDTH / 2]``."""
+    halves = ()
+    for i in tl.static_range(len(parts)):
+        part = parts[i]
+        if WIDTH > 2:
+            part = tl.reshape(part, part.shape[:-1] + [WIDTH // 2, 2])  # noqa: RUF005  (Triton has no star)
+        even, odd = tl.split(part)
+        halves += (even, odd)
+    return halves
+
+
+@triton.jit
+def _numbers(word, DTYPE: tl.constexpr):
+    """The one, two or four numbers of each 32-bit word, in fp32."""
+    if tl.float32 == DTYPE:
+        return (word.to(tl.float32, bitcast=True),)
+    elif tl.bfloat16 == DTYPE:  # the upper half of the fp32 of its value
+        return ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+    elif tl.float16 == DTYPE:
+        lower, upper = word.to(tl.int16), (word >> 16).to(tl.int16)
+        return (lower.to(tl.float16, bitcast=True).to(tl.float32), upper.to(tl.float16, bitcast=True).to(tl.float32))
+    else:
+        return tl.inline_asm_elementwise(
+            _FP8_TO_FP32, "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _by_column(words, DTYPE: tl.constexpr):
+    """Words ``[.., W]`` as fp32 tensors ``[.., W / 4]``, one for each number in four words; a thread has its own."""
+    shape: tl.constexpr = words.shape
+    quads = tl.reshape(words, shape[:-1] + [shape[-1] // 4, 4])  # noqa: RUF005
+    parts = _halves((quads,), 4)
+    parts = _halves(parts, 2)
+    columns = ()
+    for i in tl.static_range(4):
+        columns += _numbers(parts[i % 2 * 2 + i // 2], DTYPE)
+    return columns
+
+
+@triton.jit
+def _load_row(ptr, first, words, BLOCK: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns of x or norm that go with the weights in the BLOCK words from ``first`` on; zero past ``words`` words.
+
+    A number here takes PIECES times the bytes of a weight, and each thread as many loads.
+    """
+    o_w = tl.arange(0, BLOCK)
+    columns = ()
+    for i in tl.static_range(PIECES):
+        at = first * PIECES + o_w // 4 * (4 * PIECES) + 4 * i + o_w % 4
+        piece = tl.load(ptr + at) if EVEN else tl.load(ptr + at, mask=at < words * PIECES, other=0)
+        columns += _by_column(piece, DTYPE)
+    return columns
+
+
+@triton.jit
+def _scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr + o_n)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + o_n).to(tl.float32)
+    return acc
+
+
+@triton.jit
+def _decode_vector_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    out_ptr,
+    N,
+    K,
+    words,
+    norm_eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PIECES: tl.constexpr,
+    EVEN: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """out = act(inverse * weight (x * norm) * scale + bias) + residual, inverse = 1 / sqrt(mean(x^2) + eps).
+
+    words: of 32 bits, that a row of K weights takes; x, weight and norm are read so.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+    o_out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.minimum(o_out, N - 1)
+    o_w = tl.arange(0, BLOCK_W)
+    p_w = weight_ptr + o_n.to(tl.int64)[:, None] * words + o_w[None, :]
+    p_up = weight_ptr + (o_n.to(tl.int64) + N)[:, None] * words + o_w[None, :]
+    b_w = tl.load(p_w, mask=(o_w < words)[None, :], other=0, eviction_policy="evict_first")
+    b_up = b_w
+    if SWIGLU:
+        b_up = tl.load(p_up, mask=(o_w < words)[None, :], other=0, eviction_policy="evict_first")
+    if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
+        gdc_wait()
+    b_sum = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
+    b_sum_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
+    b_squares = tl.zeros([BLOCK_W // 4], tl.float32)
+    for first in range(0, words, BLOCK_W):
+        columns = _by_column(b_w, W_DTYPE)
+        columns_up = columns
+        m_next = (first + BLOCK_W + o_w < words)[None, :]
+        b_w = tl.load(p_w + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
+        if SWIGLU:
+            columns_up = _by_column(b_up, W_DTYPE)
+            b_up = tl.load(p_up + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
+        x = _load_row(x_ptr, first, words, BLOCK_W, PIECES, EVEN, X_DTYPE)
+        norm = x
+        if HAS_NORM:
+            norm = _load_row(norm_ptr, first, words, BLOCK_W, PIECES, EVEN, X_DTYPE)
+        for i in tl.static_range(len(columns)):
+            b_x = x[i]
+            if HAS_NORM:
+                b_squares += b_x * b_x
+                b_x *= norm[i]
+            b_sum += columns[i] * b_x[None, :]
+            if SWIGLU:
+                b_sum_up += columns_up[i] * b_x[None, :]
+    y = tl.sum(b_sum, 1)
+    y_up = tl.sum(b_sum_up, 1)
+    if HAS_NORM:
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(b_squares, 0) / K + norm_eps)
+        y *= inverse
+        y_up *= inverse
+    y = _scale_and_bias(y, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    if SWIGLU:
+        y_up = _scale_and_bias(y_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+        y = y / (1.0 + tl.exp(-y)) * y_up
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + o_n).to(tl.float32)
+    tl.store(out_ptr + o_out, y.to(out_ptr.dtype.element_ty), mask=o_out < N)
+
+
+def fits(*tensors: torch.Tensor | None) -> bool:
+    """Whether rows of these can be read in words of 32 bits."""
+    given = [x for x in tensors if x is not None]
+    return all(x.data_ptr() % 4 == 0 and x.shape[-1] * x.element_size() % 4 == 0 for x in given)
+
+
+def decode_vector(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    norm_eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    swiglu: bool,
+) -> None:
+    """decode_linear of one row, into ``out``; x, weight and norm must be what ``fits``."""
+    n, k = out.shape[1], x.shape[1]
+    cut = tile(n, weight.element_size())
+    words, block = k * weight.element_size() // 4, 128 * cut.warps
+    _decode_vector_kernel[(triton.cdiv(n, cut.channels),)](
+        _words(x), _words(weight), scale, bias, None if norm is None else _words(norm), residual, out, n, k, words,
+        norm_eps, BLOCK_N=cut.channels, BLOCK_W=block, PIECES=x.element_size() // weight.element_size(),
+        EVEN=words % block == 0, X_DTYPE=_DTYPES[x.dtype], W_DTYPE=_DTYPES[weight.dtype],
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
+        HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, num_warps=cut.warps, **dependent_launch(x.device),
+    )  # fmt: skip
+
+
+def _words(x: torch.Tensor) -> torch.Tensor:
+    """The same memory; ``[1, K]`` may have any stride between its rows."""
+    return (x if x.dim() == 1 or x.shape[0] > 1 else x[0]).view(torch.int32)
