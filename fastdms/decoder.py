@@ -117,6 +117,7 @@ def _apply(
             x, linear.weight, scale=linear.scale, bias=linear.bias, norm=norm, norm_eps=eps, residual=residual,
             swiglu=swiglu, fp32_out=fp32_out,
         )  # fmt: skip
+    dtype = x.dtype
     if norm is not None:
         x = F.rms_norm(x, x.shape[-1:], norm, eps)
     x = F.linear(x, linear.dequantised(x.dtype), linear.bias)
@@ -124,9 +125,9 @@ def _apply(
         gate, up = x.chunk(2, -1)
         x = F.silu(gate) * up
     if residual is not None:
-        # In fp32, rounded once as ever, the compiler adds it in the norm that follows. Else it would have cuBLAS add to
-        # a copy.
-        x = (residual.float() + x.float()).to(x.dtype) if decoding else residual + x
+        if torch.compiler.is_compiling():  # the sum of two 16-bit tensors, but not one that cuBLAS would add to a copy
+            residual, x = residual.float(), x.float()
+        x = (residual + x).to(dtype)
     return x.float() if fp32_out else x
 
 

@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 def tile(n: int, element_bytes: int) -> Tile:
     """The cut for ``n`` output channels of weights of ``element_bytes`` that measured best (``docs/lab-notes.md``).
 
-    Where there are few channels, more warps share a row of weights; each must have something to load.
+    Where there are few channels, more warps share a row of weights.
     """
     if n < 2**13:
         return Tile(channels=4, warps=4)
@@ -205,8 +205,9 @@ def _decode_vector_kernel(
 
 def fits(*tensors: torch.Tensor | None) -> bool:
     """Whether rows of these can be read in words of 32 bits."""
-    given = [x for x in tensors if x is not None]
-    return all(x.data_ptr() % 4 == 0 and x.shape[-1] * x.element_size() % 4 == 0 for x in given)
+    return all(
+        size * x.element_size() % 4 == 0 for x in tensors if x is not None for size in (x.shape[-1], x.storage_offset())
+    ) and all(x.data_ptr() % 4 == 0 for x in tensors if x is not None)
 
 
 def decode_vector(

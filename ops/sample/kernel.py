@@ -46,6 +46,7 @@ def _smallest_within(scratch_ptr, wanted, limit, vocab, COUNT: tl.constexpr, BLO
 @triton.jit
 def _best_kernel(
     logits_ptr,
+    temperature_ptr,
     positions_ptr,
     banned_ids_ptr,
     banned_until_ptr,
@@ -73,7 +74,8 @@ def _best_kernel(
     if tl.load(positions_ptr + i_b) < tl.load(banned_until_ptr + i_b):
         for i in range(num_banned):
             x = tl.where(o_v == tl.load(banned_ids_ptr + i_b * num_banned + i), -float("inf"), x)
-    tl.store(scratch_ptr + i_b * vocab + o_v, x, mask=m_v)
+    drawn = tl.where(tl.load(temperature_ptr + i_b) > 0.0, vocab, 0)  # the others are done with the largest
+    tl.store(scratch_ptr + i_b * vocab + o_v, x, mask=o_v < drawn)
     best, token = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
     partial = i_b * tl.num_programs(1) + i_s
     tl.store(best_ptr + partial, best)
@@ -178,7 +180,7 @@ def sample(
     best, tokens = logits.new_empty((batch, slices)), logits.new_empty((batch, slices), dtype=torch.int32)
     dependent = dependent_launch(logits.device)
     _best_kernel[(batch, slices)](
-        logits, positions, banned_ids.contiguous(), banned_until, scratch, best, tokens,
+        logits, temperature, positions, banned_ids.contiguous(), banned_until, scratch, best, tokens,
         logits.stride(0), vocab, banned_ids.shape[1], BLOCK=block, num_warps=8, **dependent,
     )  # fmt: skip
     _sample_kernel[(batch,)](

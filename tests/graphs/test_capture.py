@@ -160,6 +160,15 @@ def test_the_generated_code_copies_no_cache() -> None:
         assert with_pools == 4 * 2  # nothing attends in the last
 
 
+def test_residuals_are_added_to_no_copy() -> None:
+    made: list[fastdms.CompiledModel] = []
+    options = {"dtype": "bf16", "kv_dtype": "bf16", "max_context": 64, "max_concurrency": 2}
+    _, code = run_and_get_code(lambda: made.append(graphed(**options)))
+    with made[0]:
+        assert any("extern_kernels.mm" in source for source in code)
+        assert not any("extern_kernels.addmm" in source for source in code)
+
+
 def test_closing_gives_the_memory_back() -> None:
     """Allocated and reserved, five times: graphs, their pool, weights and cache."""
     seen = []

@@ -139,11 +139,27 @@ def test_any_tile_of_one_row(
     _assert_right(_run("kernel", inputs), inputs)
 
 
-def test_the_tile_of_one_row_fits_layers_of_any_size() -> None:
-    for n, element_bytes in itertools.product((1, 64, 2048, 8191, 8192, 32768, 200_000), (1, 2, 4)):
-        cut = vector_kernel.tile(n, element_bytes)
-        assert cut.channels in (4, 8)
-        assert cut.warps in (1, 2, 4)
+def test_which_kernel_takes_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one for a vector, if rows are whole words."""
+    kernel = importlib.import_module("fastdms.ops.decode_linear.kernel")
+    taken: list[int] = []
+    run = kernel.decode_vector
+
+    def noted(x: torch.Tensor, *others: Any) -> None:
+        taken.append(x.shape[1])
+        run(x, *others)
+
+    monkeypatch.setattr(kernel, "decode_vector", noted)
+    for rows, k in ((1, 64), (1, 63), (1, 2), (1, 1), (2, 64)):
+        _run("kernel", _inputs(rows, 5, k, torch.float16))
+    assert taken == [64, 2]
+
+
+def test_words_of_a_buffer_that_begins_anywhere() -> None:
+    foreign = torch.frombuffer(bytearray(64), dtype=torch.float16, offset=2, count=20)
+    assert not vector_kernel.fits(foreign[1:9])
+    assert not vector_kernel.fits(foreign[:8])
+    assert vector_kernel.fits(torch.zeros(20, dtype=torch.float16)[2:10], None)
 
 
 @_GPU

@@ -40,7 +40,7 @@ def _reject(call: Call, rng: np.random.Generator, device: torch.device, tally: T
 
 
 def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
-    op, rows, dtype = "decode_linear", int(rng.integers(0, MOST_ROWS + 1)), s.dtype
+    op, rows, dtype = "decode_linear", pick(rng, 1, int(rng.integers(0, MOST_ROWS + 1))), s.dtype
     width = min(s.num_heads * s.head_dim, _MOST_CHANNELS)
     depth = pick(rng, s.head_dim, width, int(rng.integers(1, 600)))
     outputs = pick(rng, s.num_kv_heads, width, min(s.vocab, _MOST_CHANNELS))
