@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+import fastdms
 from fastdms.cli import main
 from fastdms.tools.bench.profile import Launch, by_kernel
+from tests.models import save_checkpoint, tiny_model
 
 TINY = ["bench", "profile", "--shape", "tiny", "--device", "cpu", "--window", "16", "--context", "64"]
 
@@ -35,6 +39,16 @@ def test_a_step_of_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
         added = sum(kernel["added_us"] for kernel in row["kernels"])
         assert added + row["idle_us"] == pytest.approx(row["step_us"], abs=0.1)
         assert row["idle_us"] >= 0
+        assert row["floor_us"] == pytest.approx((row["weight_bytes"] + row["live_bytes"]) / 3e12 * 1e6, abs=1e-3)
+        # 2 x 2 spans of 128 bytes a token in fp32: the 16 + 1 tokens of the window are whole, and some of 80 are gone.
+        assert 17 * 4 * row["rows"] < row["live_tokens"] < 80 * 4 * row["rows"]
+        assert row["live_bytes"] == row["live_tokens"] * 128
+        timeline = row["timeline"]
+        assert [launch["layer"] for launch in timeline if launch["name"] == "fastdms::decode_attention"] == [0, 1]
+        assert {launch["layer"] for launch in timeline} == {"head", 0, 1, "tail"}
+        assert timeline[0]["begin_us"] == 0
+        assert (timeline[-1]["name"], timeline[-1]["layer"]) == ("fastdms::sample", "tail")
+        assert all(launch["gap_us"] >= 0 for launch in timeline)
     assert "2 rows x 64: " in out
     assert "added us" in out
 
@@ -42,3 +56,40 @@ def test_a_step_of_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_steps_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--new-tokens", "12", "--repeats", "3"]) == 2
     assert "3 steps take 13 new tokens of a context with room for 12" in capsys.readouterr().err
+
+
+def test_all_rows_are_still_there_where_the_first_are_decoded_while_the_last_are_prefilled(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [*TINY, "--concurrency", "4", "--prefill-chunk", "16", "--repeats", "3", "--new-tokens"]
+    assert main([*arguments, "40"]) == 0
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert row["live_tokens"] > 4 * 4 * 17
+    assert main([*arguments, "13"]) == 2
+    assert "1 of 4 rows were left after 3 steps" in capsys.readouterr().err
+
+
+def test_quick_writes_a_page_and_lines_to_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("llama", max_position_embeddings=4096)
+    folder = save_checkpoint(model, tmp_path / "model", "adapter", window_tokens=7)
+    monkeypatch.setattr(fastdms, "default_model", lambda: folder)
+    page, lines = tmp_path / "page.html", tmp_path / "lines.json"
+    command = ["bench", "profile", "--quick", "--context", "40", "--html", str(page), "--json", str(lines)]
+    assert main(command) == 0
+    (row,) = (json.loads(line) for line in lines.read_text().splitlines())
+    root = ElementTree.fromstring(page.read_text())
+    names = [cell.get("title") for cell in root.iterfind(".//table[@class='kernels']//td[@class='name']")]
+    assert names == [kernel["name"] for kernel in row["kernels"]]
+    assert len(root.findall(".//svg[@class='timeline']/text")) == 4, "head, two layers and tail"
+    assert f"fastdms {' '.join(command)}" in "".join(root.itertext())
+    capsys.readouterr()
+    assert main(["bench", "compare", str(lines), str(lines)]) == 0
+    assert " +0.0  fastdms::decode_attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["no-such-folder/page.html", "."])
+def test_a_page_that_cannot_be_written_is_refused_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--html", name]) == 2
+    assert "must be a file in a folder that exists" in capsys.readouterr().err

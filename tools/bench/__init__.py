@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in _WHAT.items():
         command = commands.add_parser(name, help=text, description=f"Measure {text}.")
         (_add_kernel_options if name == "kernels" else _add_engine_options)(command)
+        if name == "profile":
+            command.add_argument("--html", type=Path, metavar="FILE", help="write a page with each step's timeline")
         command.add_argument("--quick", action="store_true", help="small sizes on the CPU: under 3 minutes")
         command.add_argument("--device", help="cpu, cuda or cuda:N; cuda where there is one")
         command.add_argument("--repeats", type=int, help="how often each figure is measured")
@@ -53,10 +55,27 @@ def main(argv: list[str] | None = None) -> int:
             "--bandwidth", type=float, dest="bandwidth_tb_s", metavar="TB/S",
             help=f"of the card, for the floor (default {COPY_TB_S}, a copy on an H100)",
         )  # fmt: skip
+    text = "how two profiles differ, kernel by kernel"
+    command = commands.add_parser("compare", help=text, description=f"Show {text}; of a bucket's profiles the last.")
+    command.add_argument("a", type=Path, metavar="A.json", help="what fastdms bench profile --json wrote")
+    command.add_argument("b", type=Path, metavar="B.json", help="the same of another run")
     args = parser.parse_args(argv)
+    if args.what == "compare":
+        from fastdms.tools.bench.compare import compare
+
+        print(compare(args.a, args.b))
+        return 0
+    page = getattr(args, "html", None)
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise ValueError(f"--html {page} must be a file in a folder that exists")
     settings = _kernel_settings(args) if args.what == "kernels" else _engine_settings(args)
     with open(args.json, "a", encoding="utf-8") if args.json else nullcontext() as file:
-        _report(args.what, settings, shlex.join(["fastdms", "bench", *(sys.argv[1:] if argv is None else argv)]), file)
+        line = shlex.join(["fastdms", "bench", *(sys.argv[1:] if argv is None else argv)])
+        measured = _report(args.what, settings, line, file)
+    if page is not None:
+        from fastdms.tools.bench.page import profile_page
+
+        page.write_text(profile_page(measured), encoding="utf-8")
     return 0
 
 
@@ -132,7 +151,7 @@ def _given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _report(what: str, settings: Any, command: str, file: IO[str] | None) -> None:
+def _report(what: str, settings: Any, command: str, file: IO[str] | None) -> list[dict[str, Any]]:
     from fastdms.tools.provenance import provenance
 
     known: dict[str, Any] = {}
@@ -140,8 +159,8 @@ def _report(what: str, settings: Any, command: str, file: IO[str] | None) -> Non
     for row in _rows(what, settings):
         # After the first measurement, which has refused what can't be.
         known = known or provenance(settings.device, command)
-        measured.append(row)
-        line = json.dumps({"bench": what, **row, **known}, allow_nan=False)
+        measured.append({"bench": what, **row, **known})
+        line = json.dumps(measured[-1], allow_nan=False)
         print(line, flush=True)
         if file is not None:
             file.write(line + "\n")
@@ -154,6 +173,7 @@ def _report(what: str, settings: Any, command: str, file: IO[str] | None) -> Non
         from fastdms.tools.bench.profile import table as profile_table
 
         print(f"\n{profile_table(measured)}")
+    return measured
 
 
 def _rows(what: str, settings: Any) -> Iterable[dict[str, Any]]:

@@ -139,7 +139,16 @@ def _decode(subject: Subject, prompts: list[list[int]], settings: EngineSettings
 
 
 def _profile(subject: Subject, prompts: list[list[int]], settings: EngineSettings, _: Clock) -> dict[str, Any]:
-    return profile_steps(subject.model, prompts, settings.repeats)
+    figures = profile_steps(subject.model, prompts, settings.repeats)
+    live_bytes = figures["live_tokens"] * subject.kv_token_bytes
+    floor_us = floor_ms(subject.weight_bytes + live_bytes, settings.bandwidth_tb_s) * 1e3
+    return {
+        **figures,
+        "floor_us": round(floor_us, 3),
+        "floor_share": round(floor_us / figures["step_us"], 4),
+        "weight_bytes": subject.weight_bytes,
+        "live_bytes": round(live_bytes),
+    }
 
 
 def _prefill(subject: Subject, prompts: list[list[int]], settings: EngineSettings, clock: Clock) -> dict[str, Any]:

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastdms.runtime import CompiledModel
 from fastdms.sampling_params import SamplingParams
+from fastdms.tools.bench.timeline import Launch, median_step
 
 __all__ = ["Launch", "by_kernel", "profile_steps", "table"]
 
 _WARM_UP_STEPS = 5
 
 
-class Launch(NamedTuple):
-    """A kernel's run on the device, or on the CPU a whole operation; microseconds from any origin."""
-
-    name: str
-    begin_us: float
-    end_us: float
-
-
 def profile_steps(model: CompiledModel, prompts: Sequence[list[int]], steps: int) -> dict[str, Any]:
     """``by_kernel`` of ``steps`` decode steps of all ``prompts`` together, after their prefill.
 
     step_us: from the first launch to the end of the last, for each step. idle_us: of it, with nothing running.
-    Raises ValueError where the prompts leave too little of ``max_context`` for so many steps.
+    live_tokens: of all rows, layers and KV heads together, mean of before and after. timeline: ``median_step``, left
+    out where there is none.
+    Raises ValueError where the prompts leave too little of ``max_context`` for so many steps of them all.
     """
     engine = model._open_engine()
     room = model.options.max_context - max(map(len, prompts))
@@ -36,26 +31,43 @@ def profile_steps(model: CompiledModel, prompts: Sequence[list[int]], steps: int
         raise ValueError(
             f"{steps} steps take {steps + 2 * _WARM_UP_STEPS} new tokens of a context with room for {room}"
         )
-    params = SamplingParams(temperature=0.0, max_tokens=steps + 2 * _WARM_UP_STEPS, ignore_eos=True)
+    # As many as fit: the first prompts are decoded while the last are prefilled, and none may end before the steps do.
+    params = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
     requests = [model._request(list(prompt), params, answers=False) for prompt in prompts]
     try:
         for request in requests:
             engine.add(request)
         while not all(len(request.output_ids) >= _WARM_UP_STEPS for request in requests):
             engine.step()
+        before = model.kv_report()
+        engine.step()  # reading the lengths has waited for the step under way: have one again
         on_cuda = model.options.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as recorded:
             for _ in range(steps):
                 engine.step()
             engine.settle()
+        after, left = model.kv_report(), len(engine.running)
     finally:
         for request in requests:
             engine.cancel(request)
+    if left < len(prompts):
+        raise ValueError(
+            f"{left} of {len(prompts)} rows were left after {steps} steps: the first are decoded while the last are "
+            f"prefilled, for which room for {room} new tokens, or kv_memory, is too little"
+        )
     launches = _launches(recorded.events(), on_cuda)
     kernels = by_kernel(launches, steps)
     whole = (max(launch.end_us for launch in launches) - launches[0].begin_us) / steps
     added = sum(kernel["added_us"] for kernel in kernels)
-    return {"steps": steps, "step_us": round(whole, 3), "idle_us": round(whole - added, 3), "kernels": kernels}
+    timeline = median_step(launches, steps)
+    return {
+        "steps": steps,
+        "step_us": round(whole, 3),
+        "idle_us": round(whole - added, 3),
+        "live_tokens": round(sum(float(report.live_tokens.sum()) * report.rows for report in (before, after)) / 2),
+        "kernels": kernels,
+        **({} if timeline is None else {"timeline": timeline}),
+    }
 
 
 def by_kernel(launches: Sequence[Launch], steps: int) -> list[dict[str, Any]]:
