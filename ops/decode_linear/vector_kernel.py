@@ -50,9 +50,9 @@ def tile(n: int, element_bytes: int) -> Tile:
 
     Where there are few channels, more warps share a row of weights.
     """
-    if n < 2**13:
-        return Tile(channels=4, warps=4)
-    return Tile(channels=4 if n < 2**15 else 8, warps=1 if element_bytes == 1 else 2)
+    if n >= 2**13:
+        return Tile(channels=4, warps=1)
+    return Tile(channels=4 if element_bytes == 1 else 2, warps=4)
 
 
 @triton.jit
