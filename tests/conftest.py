@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 
+from tests.interpreter import make_fast
 from tests.poison import poisoned_empty
 
 if torch.cuda.is_available():
@@ -23,6 +24,7 @@ else:
     # Triton reads this when a kernel is defined, so it has to be set before anything imports one.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could ask for its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
+    make_fast()
 
 # One thread: the models are tiny, and two cores are better used by two workers (`pytest -n 2`).
 torch.set_num_threads(1)
@@ -33,12 +35,29 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=Non
 hypothesis.settings.load_profile("ci")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
+    _thin_out(config, items)
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked ``wide(n)`` keep every n-th case: a GPU runs all of them, the interpreter would take minutes."""
+    seen: dict[str, int] = {}
+    dropped = []
+    for item in items:
+        mark = item.get_closest_marker("wide")
+        if mark and not item.get_closest_marker("gpu"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % mark.args[0]:
+                dropped.append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

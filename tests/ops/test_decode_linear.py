@@ -127,6 +127,7 @@ def test_any_tile(cut: Tile, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> N
     _assert_right(_run("kernel", inputs), inputs)
 
 
+@pytest.mark.wide(7)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), _DTYPES)
 @pytest.mark.parametrize("cut", [(1, 1), (4, 1), (8, 2), (2, 4), (4, 4), (4, 8)], ids=str)
 @pytest.mark.parametrize("k", [96, 2048, 4128])

@@ -77,6 +77,7 @@ def test_long_chunk_over_a_long_window() -> None:
             pair.prefill([(0, tokens)])
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF, FLAG_ALL], ids=["none", "half", "all"])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_ragged_chunks_of_many_tiles_and_turns(

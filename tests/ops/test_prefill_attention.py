@@ -18,6 +18,7 @@ from tests.tolerance import assert_logits_close
 _FLAGS = pytest.mark.parametrize("decision", [FLAG_NONE, FLAG_HALF, FLAG_ALL], ids=["none", "half", "all"])
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("window", [0, 1, 7, 64])
 @pytest.mark.parametrize("shift", [0, 1])
 @_FLAGS
@@ -131,6 +132,7 @@ def _kernel_module() -> Any:
     return importlib.import_module("fastdms.ops.prefill_attention.kernel")  # the package exports the op by this name
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("tile", _TILES, ids=str)
 @pytest.mark.parametrize(("window", "shift"), [(15, 0), (16, 1), (30, 0)])
 @_FLAGS

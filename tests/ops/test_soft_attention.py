@@ -114,12 +114,14 @@ def test_windows_across_16_bit_tiles(window: int) -> None:
     _compare(_inputs(1, (1, 2, 16), 300, torch.float16), window)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("heads", [*HEAD_SHAPES, (1, 3, 8)], ids=str)
 def test_shapes_and_dtypes(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     _compare(_inputs(2, heads, 40, dtype), 9)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("keep", sorted(_KEEP))
 @pytest.mark.parametrize("window", [1, 5])
