@@ -1,4 +1,4 @@
-"""Triton's interpreter without two costs that the tests have no use for; a quarter of the whole suite's time."""
+"""Triton's interpreter without costs that the tests have no use for: a quarter of the whole suite's time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class _Nothing:
 
 
 def make_fast() -> None:
-    """Patch the language once a launch rather than once a device function, and look for no integer overflow.
+    """Patch the language once a launch rather than once a device function, look each dtype up once, and look for no
+    integer overflow.
 
     Offsets past 32 bits have tests of their own, on a GPU.
     """
@@ -42,3 +43,14 @@ def make_fast() -> None:
         return scope
 
     interpreter._patch_lang = patch_once
+
+    numpy_dtype = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def known_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = numpy_dtype(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = known_dtype

@@ -51,6 +51,7 @@ def test_reference_in_every_dtype(dtype: torch.dtype, kv_dtype: torch.dtype) -> 
     rig.check()
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("window", [0, 1, 7])
 @pytest.mark.parametrize("shift", [0, 1])
 @_FLAGS
