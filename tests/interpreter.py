@@ -1,4 +1,4 @@
-"""Triton's interpreter without costs that the tests have no use for: a quarter of the whole suite's time."""
+"""Triton's interpreter without costs that the tests have no use for."""
 
 from __future__ import annotations
 

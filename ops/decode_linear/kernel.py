@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_linear.schema import MOST_ROWS
-from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits
+from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits, scale_and_bias
 from fastdms.ops.triton_common import dependent_launch, dot_dtype
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
@@ -129,15 +129,6 @@ def _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K: tl.constexpr):
         return tl.load(at, mask=m_r[None, :, None] & (k + o_k < K)[:, None, :], other=0.0)
 
 
-@triton.jit
-def _scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr + o_n)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + o_n).to(tl.float32)[None, :]
-    return acc
-
-
 @triton.jit(do_not_specialize=["B"])
 def _decode_linear_kernel(
     x_ptr,
@@ -217,9 +208,9 @@ def _decode_linear_kernel(
         b_inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_squares, 2), 0) / K + norm_eps)
         acc *= b_inverse[:, None]
         acc_up *= b_inverse[:, None]
-    acc = _scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    acc = scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
     if SWIGLU:
-        acc_up = _scale_and_bias(acc_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+        acc_up = scale_and_bias(acc_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     m_out = m_r[:, None] & m_n[None, :]
     if HAS_RESIDUAL:

@@ -114,7 +114,8 @@ def _load_row(ptr, first, words, BLOCK: tl.constexpr, PIECES: tl.constexpr, EVEN
 
 
 @triton.jit
-def _scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """``acc`` has the output channels ``o_n`` in its last dim."""
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + o_n)
     if HAS_BIAS:
@@ -194,9 +195,9 @@ def _decode_vector_kernel(
         inverse = 1.0 / tl.sqrt_rn(tl.sum(b_squares, 0) / K + norm_eps)
         y *= inverse
         y_up *= inverse
-    y = _scale_and_bias(y, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    y = scale_and_bias(y, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
     if SWIGLU:
-        y_up = _scale_and_bias(y_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+        y_up = scale_and_bias(y_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
         y = y / (1.0 + tl.exp(-y)) * y_up
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + o_n).to(tl.float32)

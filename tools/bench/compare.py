@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdms.tools.bench.figures import bucket_name
+
 __all__ = ["Bucket", "compare", "differences", "read_profiles"]
 
 Bucket = tuple[str, int, int]  # model, rows, context
@@ -59,7 +61,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, f
 
 
 def _table(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    lines = [f"{a['model']}, {a['rows']} rows x {a['context']:,}"]
+    lines = [bucket_name(a)]
     lines += [f"  {name}: {a.get(name)} in A, {b.get(name)} in B" for name in _SETTINGS if a.get(name) != b.get(name)]
     lines.append(f"{'us in A':>12} {'us in B':>12} {'difference':>12}  kernel")
     lines += [_line(a["step_us"], b["step_us"], "(step)"), _line(a["idle_us"], b["idle_us"], "(idle)")]

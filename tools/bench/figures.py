@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["decode_figures", "floor_ms", "rate", "spread"]
+__all__ = ["bucket_name", "decode_figures", "floor_ms", "rate", "spread"]
+
+
+def bucket_name(row: Mapping[str, Any]) -> str:
+    """What a measurement of a decode bucket is called: model, rows, context."""
+    return f"{row['model']}, {row['rows']} rows x {row['context']:,}"
 
 
 def spread(samples: Sequence[float], digits: int = 6) -> dict[str, float]:

@@ -8,6 +8,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from fastdms.tools.bench.figures import bucket_name
+
 __all__ = ["profile_page"]
 
 _WIDTH = 1000
@@ -80,7 +82,7 @@ def _bucket(row: Mapping[str, Any], colours: Mapping[str, int]) -> str:
     facts = ", ".join(f"{name} {row[name]}" for name in settings if row.get(name) is not None)
     return "\n".join(
         (
-            f"<section>\n<h2>{_text(_name(row))}</h2>\n<p class='soft'>{_text(facts)}</p>",
+            f"<section>\n<h2>{_text(bucket_name(row))}</h2>\n<p class='soft'>{_text(facts)}</p>",
             _roofline(row, float(row["step_us"])),
             f"<h3>Kernels</h3>\n{_kernels(row, colours)}",
             f"<h3>One step, layer by layer</h3>\n{_timeline(row, colours)}\n</section>",
@@ -194,7 +196,7 @@ def _lanes(launches: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _comparison(measured: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> str:
     whole = max(float(row["step_us"]) for row in measured)
-    bars = "\n".join(f"<h3>{_text(_name(row))}</h3>\n{_roofline(row, whole)}" for row in measured)
+    bars = "\n".join(f"<h3>{_text(bucket_name(row))}</h3>\n{_roofline(row, whole)}" for row in measured)
     added = [{kernel["name"]: float(kernel["added_us"]) for kernel in row["kernels"]} for row in measured]
     shares: dict[str, float] = {}
     for row, of_row in zip(measured, added, strict=True):
@@ -202,7 +204,7 @@ def _comparison(measured: Sequence[Mapping[str, Any]], colours: Mapping[str, int
             shares[name] = max(shares.get(name, 0.0), us / max(float(row["step_us"]), 1e-9))
     names = sorted((name for name in shares if shares[name] >= _LEAST_SHARE), key=lambda name: -shares[name])
     most = max((us for of_row in added for us in of_row.values()), default=0.0)
-    head = "".join(f"<th colspan='2'>{_text(_name(row))}</th>" for row in measured)
+    head = "".join(f"<th colspan='2'>{_text(bucket_name(row))}</th>" for row in measured)
     lines = [
         f"<tr>{_kernel_name(name, colours)}"
         + "".join(
@@ -253,10 +255,6 @@ def _bar(value: float, most: float, kind: str) -> str:
         "<svg viewBox='0 0 100 8' preserveAspectRatio='none'><rect class='track' width='100' height='8' />"
         f"<rect class='{kind}' width='{width:.2f}' height='8' /></svg>"
     )
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['model']}, {row['rows']} rows x {row['context']:,}"
 
 
 def _distinct(measured: Sequence[Mapping[str, Any]], key: str) -> str:

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdms.runtime import CompiledModel
 from fastdms.sampling_params import SamplingParams
+from fastdms.tools.bench.figures import bucket_name
 from fastdms.tools.bench.timeline import Launch, median_step
 
 __all__ = ["Launch", "by_kernel", "profile_steps", "table"]
@@ -101,8 +102,7 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
     parts = []
     for row in measured:
         lines = [
-            f"{row['model']}, {row['rows']} rows x {row['context']:,}: {row['step_us']:,.1f} us a step, "
-            f"{row['idle_us']:,.1f} of it idle",
+            f"{bucket_name(row)}: {row['step_us']:,.1f} us a step, {row['idle_us']:,.1f} of it idle",
             f"{'added us':>10} {'launches':>9} {'us each':>9}  kernel",
         ]
         lines += [
