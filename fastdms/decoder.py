@@ -106,13 +106,11 @@ def _apply(
     swiglu: bool = False,
     fp32_out: bool = False,
 ) -> torch.Tensor:
-    """A linear layer with what stands around it, as in ``decode_linear``.
+    """A linear layer with what stands around it, as in ``decode_linear``, which decodes few enough rows on CUDA.
 
-    That decodes fp8 weights for few enough rows, and others for one row on CUDA; for more rows torch's products are
-    faster as yet (``docs/lab-notes.md``).
+    On the CPU it decodes fp8 weights alone, which torch's product would need a copy of.
     """
-    most_rows = MOST_ROWS if linear.scale is not None else 1 if x.is_cuda else 0
-    if decoding and x.shape[0] <= most_rows:
+    if decoding and x.shape[0] <= MOST_ROWS and (x.is_cuda or linear.scale is not None):
         return decode_linear(
             x, linear.weight, scale=linear.scale, bias=linear.bias, norm=norm, norm_eps=eps, residual=residual,
             swiglu=swiglu, fp32_out=fp32_out,

@@ -31,6 +31,14 @@ def rms_norm(first, second, w_first, w_second, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(largest):
+    """The least power of two that is no less than ``largest`` (fp32, 0 counts as 1), as far as it and its inverse are
+    normal numbers."""
+    exponent = tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0)))
+    return tl.exp2(tl.clamp(exponent, -126.0, 126.0))
+
+
+@triton.jit
 def token_scale(largest):
     """What a token with this largest magnitude (fp32) is divided by, bf16."""
     return tl.maximum(tl.div_rn(largest, _FP8_MAX), _SMALLEST_SCALE).to(tl.bfloat16)

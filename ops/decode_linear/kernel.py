@@ -1,7 +1,7 @@
 """Triton backend of decode_linear: one kernel for several rows, whose programs share the output channels.
 
-Rows are padded to 16 and no sum is split over programs, so that a row's result hangs on nothing but the row. A single
-row has a kernel of its own.
+No sum is split over programs, so that a row's result hangs on nothing but the row. Their norm is a kernel of its own,
+beside which the weights are on their way already. A single row has another.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.decode_linear.schema import MOST_ROWS
 from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits, scale_and_bias
-from fastdms.ops.triton_common import dependent_launch, dot_dtype
+from fastdms.ops.triton_common import dependent_launch, dot_dtype, power_of_two
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
 _VECTOR_BYTES = 16
@@ -52,16 +51,28 @@ class Tile(NamedTuple):
 
 
 def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
-    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each: near the best that was tried
-    (``docs/lab-notes.md``), within the shared memory of every card."""
+    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each, that measured best
+    (``docs/lab-notes.md``): where they are few, as many programs as a card has multiprocessors."""
     if element_bytes == 4:
         return Tile(channels=16, depth=64, warps=4, stages=2)
     most = max(64, triton.next_power_of_2(k))
-    if swiglu:
-        return Tile(channels=32, depth=min(256, most), warps=4, stages=3 if element_bytes == 2 else 4)
-    if n >= 2**14:
+    if swiglu and element_bytes == 2:
         return Tile(channels=32, depth=min(256, most), warps=4, stages=4)
-    return Tile(channels=16, depth=min(512, most), warps=4, stages=3)
+    if swiglu or n >= 2**14:
+        return Tile(channels=32, depth=min(512, most), warps=4, stages=3)
+    if n > 2**12:
+        return Tile(channels=64, depth=min(256, most), warps=4, stages=4)
+    if n > 2**11:
+        return Tile(channels=32, depth=min(512, most), warps=4, stages=4)
+    return Tile(channels=16, depth=min(1024, most), warps=4, stages=4 if element_bytes == 2 else 5)
+
+
+def _stages(cut: Tile, column_bytes: int, device: torch.device) -> int:
+    """As many stages of ``cut`` as fit the shared memory of ``device``."""
+    if device.type != "cuda":
+        return cut.stages
+    memory: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max(1, min(cut.stages, memory // (cut.depth * column_bytes)))
 
 
 @triton.jit
@@ -110,6 +121,13 @@ def _load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(x_ptr, stride_x_row, o_r, o_k, k, K, EVEN_K: tl.constexpr):
+    """``[WARPS, PART_K, ROWS]``: columns ``k + o_k`` of the rows ``o_r`` of x; zero past K."""
+    at = x_ptr + o_r.to(tl.int64)[None, None, :] * stride_x_row + (k + o_k)[:, :, None]
+    return tl.load(at) if EVEN_K else tl.load(at, mask=(k + o_k < K)[:, :, None], other=0.0)
+
+
+@triton.jit
 def _to_dot(b_w, DOT: tl.constexpr):
     """Weights as the matrix units take them; fp8 must be no NaN. The compiler's own conversion to bf16 is slow."""
     if b_w.dtype == tl.float8e4nv and tl.bfloat16 == DOT:
@@ -119,31 +137,20 @@ def _to_dot(b_w, DOT: tl.constexpr):
         return b_w.to(DOT)
 
 
-@triton.jit
-def _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K: tl.constexpr):
-    """``[WARPS, ROWS, PART_K]``: columns ``k + o_k`` of x; zero past the last row and past K."""
-    at = x_ptr + o_r.to(tl.int64)[None, :, None] * stride_x_row + (k + o_k)[:, None, :]
-    if EVEN_K:
-        return tl.load(at, mask=m_r[None, :, None], other=0.0)
-    else:
-        return tl.load(at, mask=m_r[None, :, None] & (k + o_k < K)[:, None, :], other=0.0)
-
-
 @triton.jit(do_not_specialize=["B"])
 def _decode_linear_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
-    norm_ptr,
     residual_ptr,
+    power_ptr,
     out_ptr,
     stride_x_row,
     stride_residual_row,
     B,
     N,
     K,
-    norm_eps,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -152,13 +159,13 @@ def _decode_linear_kernel(
     DOT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_POWER: tl.constexpr,
     SWIGLU: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """out = act(inverse * (x * norm) weight^T * scale + bias) + residual, inverse = 1 / sqrt(mean(x^2) + eps)."""
+    """out = act(power x weight^T * scale + bias) + residual; channels go down and rows across."""
     if DEPENDENT:
         gdc_launch_dependents()
     first = tl.program_id(0) * BLOCK_N
@@ -173,41 +180,25 @@ def _decode_linear_kernel(
     o_r = tl.arange(0, ROWS)
     o_k = tl.arange(0, WARPS)[:, None] * PART_K + tl.arange(0, PART_K)[None, :]  # [WARPS, PART_K]
     m_r = o_r < B
+    o_r = tl.minimum(o_r, B - 1)
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1)
-    b_inverse = tl.full([ROWS], 1.0, tl.float32)
-    # fp16 can't hold every x * norm whose normalised value it holds, so there the rows are normalised first.
-    NORM_FIRST: tl.constexpr = HAS_NORM and tl.float16 == DOT
-    b_squares = tl.zeros([WARPS, ROWS, PART_K], tl.float32)
-    if NORM_FIRST:
-        for k in range(0, K, BLOCK_K):
-            b_x = _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K).to(tl.float32)
-            b_squares += b_x * b_x
-        b_inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_squares, 2), 0) / K + norm_eps)
-    acc = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
-    acc_up = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
+    acc = tl.zeros([WARPS, BLOCK_N, ROWS], tl.float32)
+    acc_up = tl.zeros([WARPS, BLOCK_N, ROWS], tl.float32)
     for k in range(0, K, BLOCK_K):
-        b_x = _load_rows(x_ptr, stride_x_row, o_r, m_r, o_k, k, K, EVEN_K)
-        if HAS_NORM:
-            b_norm = tl.load(norm_ptr + k + o_k, mask=k + o_k < K, other=0.0).to(tl.float32)
-            b_x = b_x.to(tl.float32)
-            if NORM_FIRST:
-                b_x *= b_inverse[None, :, None]
-            else:
-                b_squares += b_x * b_x
-            b_x = (b_x * b_norm[:, None, :]).to(DOT)
+        b_x = _load_rows(x_ptr, stride_x_row, o_r, o_k, k, K, EVEN_K).to(DOT)
         b_w = _to_dot(_load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K), DOT)
-        acc = tl.dot(b_x, tl.permute(b_w, (0, 2, 1)), acc, input_precision="ieee")
+        acc = tl.dot(b_w, b_x, acc, input_precision="ieee")
         if SWIGLU:
             b_up = _to_dot(_load_weights(weight_ptr, o_n + N, o_k, k, K, EVEN_K), DOT)
-            acc_up = tl.dot(b_x, tl.permute(b_up, (0, 2, 1)), acc_up, input_precision="ieee")
-    acc = tl.sum(acc, 0)
-    acc_up = tl.sum(acc_up, 0)
-    if HAS_NORM and not NORM_FIRST:
-        b_inverse = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_squares, 2), 0) / K + norm_eps)
-        acc *= b_inverse[:, None]
-        acc_up *= b_inverse[:, None]
+            acc_up = tl.dot(b_up, b_x, acc_up, input_precision="ieee")
+    acc = tl.trans(tl.sum(acc, 0))  # [ROWS, BLOCK_N]
+    acc_up = tl.trans(tl.sum(acc_up, 0))
+    if HAS_POWER:
+        b_power = tl.load(power_ptr + o_r)[:, None]
+        acc *= b_power
+        acc_up *= b_power
     acc = scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
     if SWIGLU:
         acc_up = scale_and_bias(acc_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
@@ -218,6 +209,38 @@ def _decode_linear_kernel(
         acc += tl.load(p_residual, mask=m_out, other=0.0).to(tl.float32)
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * N + o_n[None, :]
     tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,
+    norm_ptr,
+    out_ptr,
+    power_ptr,
+    stride_x_row,
+    K,
+    norm_eps,
+    BLOCK_K: tl.constexpr,
+    HAS_POWER: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """out * power = x / sqrt(mean(x^2) + eps) * norm, a program for each row, none of whose numbers is above one."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    b_norm = tl.load(norm_ptr + o_k, mask=m_k, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_wait()
+    b_x = tl.load(x_ptr + row * stride_x_row + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_x *= 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 0) / K + norm_eps)
+    b_x *= b_norm
+    if HAS_POWER:
+        power = power_of_two(tl.max(tl.abs(b_x), 0))
+        b_x /= power
+        tl.store(power_ptr + row, power)
+    tl.store(out_ptr + row * K + o_k, b_x.to(out_ptr.dtype.element_ty), mask=m_k)
 
 
 def decode_linear(
@@ -239,15 +262,28 @@ def decode_linear(
     if rows == 1 and fits(x, weight, norm):
         decode_vector(x, weight, scale, bias, norm, norm_eps, residual, out, swiglu)
         return out
-    cut = tile(n, k, 4 if x.dtype == torch.float32 else weight.element_size(), swiglu)
     dependent = dependent_launch(x.device)
+    power = None
+    if norm is not None:
+        # fp8 becomes fp16 in one instruction, and bf16 in five; but fp16 can't hold every bf16.
+        has_power = x.dtype == torch.bfloat16 and weight.element_size() == 1
+        normed = x.new_empty((rows, k), dtype=torch.float16 if has_power else x.dtype)
+        power = x.new_empty(rows, dtype=torch.float32) if has_power else None
+        _norm_kernel[(rows,)](
+            x, norm, normed, power, x.stride(0), k, norm_eps, BLOCK_K=triton.next_power_of_2(k), HAS_POWER=has_power,
+            num_warps=min(16, triton.next_power_of_2(triton.cdiv(k, 1024))), **dependent,
+        )  # fmt: skip
+        x = normed
+    cut = tile(n, k, 4 if x.dtype == torch.float32 else weight.element_size(), swiglu)
+    padded = max(8, triton.next_power_of_2(rows))
+    column_bytes = cut.channels * (2 if swiglu else 1) * weight.element_size() + padded * x.element_size()
     _decode_linear_kernel[(triton.cdiv(n, cut.channels),)](
-        x, weight, scale, bias, norm, residual, out, x.stride(0), n if residual is None else residual.stride(0),
-        rows, n, k, norm_eps, ROWS=MOST_ROWS, BLOCK_N=cut.channels, BLOCK_K=cut.depth, WARPS=cut.warps,
+        x, weight, scale, bias, residual, power, out, x.stride(0), n if residual is None else residual.stride(0),
+        rows, n, k, ROWS=padded, BLOCK_N=cut.channels, BLOCK_K=cut.depth, WARPS=cut.warps,
         EVEN_K=k % cut.depth == 0, DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None,
-        HAS_BIAS=bias is not None, HAS_NORM=norm is not None, HAS_RESIDUAL=residual is not None, SWIGLU=swiglu,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_POWER=power is not None, SWIGLU=swiglu,
         PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent["DEPENDENT"] else 0,
-        num_warps=cut.warps, num_stages=cut.stages, **dependent,
+        num_warps=cut.warps, num_stages=_stages(cut, column_bytes, x.device), **dependent,
     )  # fmt: skip
     return out
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdms.ops import decode_attention
+from fastdms.ops.decode_attention.kernel import Tiles
 from tests.ops.definition import attend
 from tests.ops.harness import (
     BACKENDS,
@@ -25,6 +26,12 @@ from tests.ops.harness import (
 )
 from tests.tolerance import assert_within_error_budget
 
+# The interpreter is right about fp8 that is only read, unless it is computed with in bf16.
+_READ_DTYPES = [
+    *KERNEL_DTYPES[:5],
+    pytest.param(torch.float16, torch.float8_e4m3fn, id="fp16-fp8"),
+    pytest.param(torch.float32, torch.float8_e4m3fn, id="fp32-fp8"),
+]
 # One row's spans each; S is 16: none, one, around a page, around the kernel's tile of 64, and one long head.
 UNEVEN = [[0, 1], [15, 16], [17, 48], [63, 64], [65, 0], [330, 2]]
 
@@ -37,6 +44,10 @@ def _cache(lengths: list[list[int]], dtype: torch.dtype = torch.float32, **sizes
     )  # fmt: skip
     fill_spans(cache, lengths, lambda n: torch.randn(n, cache.config.head_dim))
     return cache
+
+
+def _tiles(head_dim: int, element_bytes: int) -> Tiles:
+    return Tiles(tokens=16, warps=1, stages=5, programs=1, restart=4)
 
 
 def _run(
@@ -89,7 +100,7 @@ def test_any_part_of_the_batch(rows: list[int]) -> None:
     _compare(_cache(UNEVEN), torch.randn(len(rows), 2, 16), rows, [400] * len(rows))
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), KERNEL_DTYPES)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), _READ_DTYPES)
 @pytest.mark.parametrize("heads", HEAD_SHAPES, ids=str)
 def test_shapes_and_dtypes(heads: tuple[int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     num_kv_heads, group, head_dim = heads
@@ -106,7 +117,7 @@ def test_reference_in_every_dtype(dtype: torch.dtype, kv_dtype: torch.dtype) -> 
     assert_close_to_definition(_run("reference", cache, q, rows, positions), _oracle(cache, q, rows, positions))
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), KERNEL_DTYPES)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), _READ_DTYPES)
 @pytest.mark.parametrize("magnitude", [1e-4, 30.0])
 def test_small_and_large_values(magnitude: float, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     """Many small values (weight times scale underflows in 16 bits), and scores of thousands."""
@@ -133,6 +144,20 @@ def test_more_pieces_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.import_module("fastdms.ops.decode_attention.kernel"), "_num_processors", lambda _: 30)
     cache = _cache([[1500, 3], [40, 200]], page_size=64)
     _compare(cache, torch.randn(2, 2, 16), [0, 1], [1600, 1600])
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
+@pytest.mark.parametrize("page_size", [16, 20, 64])
+@pytest.mark.parametrize("programs", [1, 2, 3])
+def test_programs_that_go_on_to_another_span(
+    programs: int, page_size: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With so many tiles each that going on counts as some, which hold nothing, wherever a share begins or ends."""
+    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    monkeypatch.setattr(kernel, "tiles", _tiles)
+    monkeypatch.setattr(kernel, "_num_processors", lambda _: programs)
+    cache = _cache([[400, 3], [0, 200], [65, 64], [97, 1]], kv_dtype, page_size=page_size, head_dim=64)
+    _compare(cache, torch.randn(4, 6, 64), [0, 1, 2, 3], [500] * 4)
 
 
 @pytest.mark.parametrize("rising", [True, False])

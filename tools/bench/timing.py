@@ -15,15 +15,18 @@ Launch = Callable[[], Any]
 _MOST_SETS = 128
 _LEAST_SETS = 2
 _COLD_FACTOR = 2  # input sets together, times the L2 cache: none survives until its next turn
+_LONG_BYTES = 4 << 30  # what a replay moves: a millisecond and more, beside which its own start is little
+_LONG_SETS = 16
 _WARM_UP_RUNS = 2
 
 
 def cold_sets(set_bytes: int, device: torch.device) -> int:
-    """How many input sets of ``set_bytes`` a graph has to rotate through."""
+    """How many input sets of ``set_bytes`` a graph has to rotate through, to find L2 cold and to take long enough."""
     if device.type != "cuda":
         return _LEAST_SETS
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(_MOST_SETS, max(_LEAST_SETS, math.ceil(_COLD_FACTOR * cache / set_bytes)))
+    long = min(_LONG_SETS, math.ceil(_LONG_BYTES / set_bytes))
+    return min(_MOST_SETS, max(_LEAST_SETS, long, math.ceil(_COLD_FACTOR * cache / set_bytes)))
 
 
 def time_launches(
@@ -36,7 +39,7 @@ def time_launches(
     """``samples`` times the microseconds of one of ``launches``, run one after the other.
 
     Each launch should have inputs of its own. ``restore`` undoes what they mutate; it stays out of the time. On CUDA
-    they are one captured graph, and L2 is flushed before each replay.
+    they are one captured graph, and other things are read before each replay, so that L2 is cold.
     """
     if device.type != "cuda":
         return [_wall_clock(launches, restore, clock) for _ in range(samples)]
@@ -56,7 +59,7 @@ def _replays(launches: Sequence[Launch], restore: Launch, device: torch.device, 
     def run() -> list[Any]:
         return [launch() for launch in launches]
 
-    flush = torch.empty(
+    flush = torch.zeros(
         _COLD_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device
     )
     stream = torch.cuda.Stream(device)
@@ -73,7 +76,7 @@ def _replays(launches: Sequence[Launch], restore: Launch, device: torch.device, 
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples + 1)]
     for begin, end in events:
         restore()
-        flush.zero_()
+        flush.max()  # read, not written: what is dirty would have to go back to memory within the time
         begin.record()
         graph.replay()
         end.record()
