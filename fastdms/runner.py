@@ -93,11 +93,20 @@ class ModelRunner:
     A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``config.dense_tokens``
     says. Until they are all there, or the row is released, their keys and values are held whole beside the cache.
 
+    prefill_chunk: tokens of a chunk of one row, prefilled under the DMS mask, that is captured beside the decode steps;
+        0: none is.
     debug: check before each replay that weights and state lie where they did at capture.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: CompactCache, *, mode: str, max_concurrency: int, debug: bool = False
+        self,
+        decoder: Decoder,
+        cache: CompactCache,
+        *,
+        mode: str,
+        max_concurrency: int,
+        prefill_chunk: int = 0,
+        debug: bool = False,
     ) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.embed.device
@@ -119,12 +128,20 @@ class ModelRunner:
                 state=lambda: _state(decoder, cache), artifacts=ARTIFACTS, debug=debug,
             )  # fmt: skip
             self.graphs.warm_up()
+            if self.dense_kernel is None and 0 < prefill_chunk <= cache.config.max_context:
+                self.graphs.add_chunk(lambda buffers: decoder.prefill(Chunk(**buffers._asdict()), cache), prefill_chunk)
 
     def prefill(self, pieces: Sequence[PrefillPiece]) -> torch.Tensor:
         """Run one ragged chunk; logits ``[len(pieces), V]`` fp32 after each piece's last token.
 
         A piece that is prefilled densely must be the only one, and its row's first must begin at 0.
         """
+        first = pieces[0]
+        if len(pieces) == 1 and not first.dense_tokens:
+            with inference(self.device):
+                whole = self.graphs.run_chunk(first.row, first.token_ids, first.start)
+            if whole is not None:
+                return whole
         indptr = [0]
         for piece in pieces:
             indptr.append(indptr[-1] + len(piece.token_ids))
@@ -136,13 +153,13 @@ class ModelRunner:
             rows=self._tensor([piece.row for piece in pieces], torch.int32),
             chunk_indptr=self._tensor(indptr, torch.int32),
             outputs=self._tensor([end - 1 for end in indptr[1:]], torch.int64),
-            history=self._history(pieces[0]),
-            start=pieces[0].start,
+            history=self._history(first),
+            start=first.start,
         )
         with inference(self.device):
             logits = self.decoder.prefill(chunk, self.cache)
-        if indptr[1] + pieces[0].start >= pieces[0].dense_tokens:
-            self._histories.pop(pieces[0].row, None)
+        if indptr[1] + first.start >= first.dense_tokens:
+            self._histories.pop(first.row, None)
         return logits
 
     @property

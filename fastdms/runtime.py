@@ -105,7 +105,9 @@ def compile(
             raise ValueError(
                 f"no memory on {options.device} for a cache of {sizes.num_pages:,} pages: {error}"
             ) from error
-    runner = ModelRunner(decoder, cache, mode=options.mode, max_concurrency=options.max_concurrency)
+    runner = ModelRunner(
+        decoder, cache, mode=options.mode, max_concurrency=options.max_concurrency, prefill_chunk=options.prefill_chunk
+    )
     return CompiledModel(config, rule, options, runner, tokenizer)
 
 

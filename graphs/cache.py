@@ -1,4 +1,5 @@
-"""The graph cache: one compiled, and on CUDA captured, decode step per bucket, all made before the first request."""
+"""The graph cache: one compiled, and on CUDA captured, decode step per bucket, all made before the first request; and
+on CUDA a prefill chunk."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from fastdms.graphs.artifacts import Artifacts
 from fastdms.graphs.bucket import choose_bucket
 from fastdms.graphs.buffers import Columns, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.capture import GraphRecorder, Recorder
+from fastdms.graphs.chunk_graph import ChunkBuffers, ChunkGraph, Prefill
 from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step
 from fastdms.graphs.key import GraphKey, machine_key, step_inputs
 from fastdms.graphs.report import format_report
@@ -90,8 +92,10 @@ class GraphCache:
         if memory_limit is not None and memory_limit < 0:
             raise ValueError(f"memory_limit must be a number of bytes, at least 0, got {memory_limit}")
         self._step: Step | None = step
-        self._state, self._mode, self._debug = state, mode, debug
+        self._state, self._mode, self._debug, self._device = state, mode, debug, device
         self._memory_limit, self._recorder = memory_limit, recorder
+        self._chunk: ChunkGraph | None = None
+        self._chunk_addresses: Mapping[str, int] = {}
         self._backend = CountingBackend(backend)  # the compiler never forgets it, so it holds nothing of this object
         self._artifacts = Artifacts(artifacts if mode != "eager" else None)
         largest, machine = make_buffers(max(buckets), device), machine_key(device)
@@ -134,13 +138,35 @@ class GraphCache:
         bucket = self._held[0]
         return self._run(bucket, self._entry(bucket))
 
+    def add_chunk(self, prefill: Prefill, num_tokens: int, recorder: Recorder | None = None) -> None:
+        """Record a prefill of ``num_tokens`` tokens of one row, where steps are captured and there is memory for it.
+
+        recorder: with a pool of its own, since its replays come between steps whose outputs are still in use.
+        """
+        if self._recorder is None:
+            return
+        try:
+            self._chunk = ChunkGraph(prefill, num_tokens, self._device, recorder or GraphRecorder())
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return
+        self._chunk_addresses = self._addresses(self._chunk.buffers) if self._debug else {}
+
+    def run_chunk(self, row: int, token_ids: Sequence[int], start: int) -> torch.Tensor | None:
+        """Logits ``[1, V]`` of the chunk's last token; None, and nothing done, where no recording is of its length."""
+        if self._chunk is None or len(token_ids) != self._chunk.num_tokens:
+            return None
+        if self._debug:
+            self._check_addresses("the prefill chunk", self._chunk.buffers, self._chunk_addresses)
+        return self._chunk.run(row, token_ids, start)
+
     def stats(self) -> dict[str, Any]:
         """Counts so far.
 
         compiles, captures: in all; recompiles: compiles after the warm-up. hits, misses: runs that found their entry,
-        or had to make it. evictions: entries dropped for the memory limit. pool_bytes: of the pool that all graphs
-        share. artifacts: see ``Artifacts.state``. By bucket: runs, padded_rows, bucket_captures, seconds spent making
-        entries, and the bytes that each held entry keeps.
+        or had to make it. evictions: entries dropped for the memory limit. pool_bytes: of the pool that all steps'
+        graphs share. artifacts: see ``Artifacts.state``. chunk: ``ChunkGraph.stats``, None without one. By bucket:
+        runs, padded_rows, bucket_captures, seconds spent making entries, and the bytes that each held entry keeps.
         """
         buckets, held = self._buckets.items(), self._entries
         started = self._compiles_at_start
@@ -155,6 +181,7 @@ class GraphCache:
             "evictions": self._evictions,
             "pool_bytes": self._pool_bytes,
             "artifacts": self._artifacts.state,
+            "chunk": None if self._chunk is None else self._chunk.stats(),
             "runs": {size: bucket.runs for size, bucket in buckets},
             "padded_rows": {size: bucket.padded_rows for size, bucket in buckets},
             "bucket_captures": {size: bucket.captures for size, bucket in buckets},
@@ -171,7 +198,7 @@ class GraphCache:
         self._entries.clear()
         for bucket in self._buckets.values():
             bucket.code = None
-        self._step, self._state, self._recorder = None, dict, None
+        self._step, self._state, self._recorder, self._chunk = None, dict, None, None
 
     def _entry(self, bucket: _Bucket) -> _Entry:
         entry = self._entries.pop(bucket.key, None)
@@ -189,7 +216,7 @@ class GraphCache:
 
     def _run(self, bucket: _Bucket, entry: _Entry) -> StepOutput:
         if self._debug:
-            self._check_addresses(bucket, entry)
+            self._check_addresses(f"bucket {bucket.key.bucket}", bucket.inputs, entry.addresses)
         assert self._held is not None
         columns, self._held = self._held[1], None  # should the step break off
         tokens, logits = entry.run()
@@ -229,15 +256,15 @@ class GraphCache:
 
     def _record(self, bucket: _Bucket, code: Callable[[], StepOutput]) -> _Entry:
         assert self._recorder is not None
-        replay, outputs, bucket.kept_bytes, pool_bytes = self._recorder.record(code)
+        replay, (tokens, logits), bucket.kept_bytes, pool_bytes = self._recorder.record(code)
         bucket.captures += 1
         self._pool_bytes += pool_bytes
 
         def run() -> StepOutput:
             replay()
-            return outputs
+            return tokens, logits
 
-        return _Entry(run, bucket.kept_bytes, self._addresses(bucket) if self._debug else {})
+        return _Entry(run, bucket.kept_bytes, self._addresses(bucket.inputs) if self._debug else {})
 
     def _make_room(self, num_bytes: int) -> None:
         """Drop entries, the least recently used first, until ``num_bytes`` more stay within the limit."""
@@ -247,12 +274,12 @@ class GraphCache:
             del self._entries[next(iter(self._entries))]
             self._evictions += 1
 
-    def _addresses(self, bucket: _Bucket) -> dict[str, int]:
-        tensors = {**bucket.inputs._asdict(), **self._state()}
+    def _addresses(self, inputs: StepBuffers | ChunkBuffers) -> dict[str, int]:
+        tensors = {**inputs._asdict(), **self._state()}
         return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
-    def _check_addresses(self, bucket: _Bucket, entry: _Entry) -> None:
-        now = self._addresses(bucket)
-        moved = [name for name, address in entry.addresses.items() if now.get(name) != address]
+    def _check_addresses(self, what: str, inputs: StepBuffers | ChunkBuffers, captured: Mapping[str, int]) -> None:
+        now = self._addresses(inputs)
+        moved = [name for name, address in captured.items() if now.get(name) != address]
         if moved:
-            raise AssertionError(f"since bucket {bucket.key.bucket} was captured, these moved: {', '.join(moved)}")
+            raise AssertionError(f"since {what} was captured, these moved: {', '.join(moved)}")

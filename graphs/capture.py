@@ -1,4 +1,4 @@
-"""Record a step into a CUDA graph."""
+"""Record what runs into a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fastdms.graphs.compiler import StepOutput
-
 __all__ = ["GraphRecorder", "Recorder", "Recording", "capture"]
 
 _WARM_UP_RUNS = 2  # the first compiles and specialises, the second shows that nothing is left to do
 
 
 class Recording(NamedTuple):
-    """A captured step.
+    """What was captured.
 
     replay: runs it again, into the same ``outputs``.
     kept_bytes: device memory that it holds until it is dropped; then later recordings use it.
@@ -24,7 +22,7 @@ class Recording(NamedTuple):
     """
 
     replay: Callable[[], object]
-    outputs: StepOutput
+    outputs: tuple[torch.Tensor, ...]
     kept_bytes: int
     pool_bytes: int
 
@@ -32,10 +30,10 @@ class Recording(NamedTuple):
 class Recorder(Protocol):
     """Makes recordings."""
 
-    def warm_up(self, run: Callable[[], StepOutput]) -> None:
+    def warm_up(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
         """Run until nothing is left to compile."""
 
-    def record(self, run: Callable[[], StepOutput]) -> Recording:
+    def record(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
         """Capture what ``run`` launches, without running it."""
 
 
@@ -47,7 +45,7 @@ class GraphRecorder:
         # A pool whose last graph is gone can't be captured into again, so one stays that takes nothing from it.
         self._anchor = capture(torch.zeros(1, device="cuda").zero_, self._pool)
 
-    def warm_up(self, run: Callable[[], StepOutput]) -> None:
+    def warm_up(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
         """Run on a stream of its own, as capturing will."""
         stream = _warm_up_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
@@ -56,7 +54,7 @@ class GraphRecorder:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def record(self, run: Callable[[], StepOutput]) -> Recording:
+    def record(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
         """Capture ``run``, which must have been warmed up; its bytes are what the allocator says."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # else it happens inside, and hides what the pool grows by

@@ -106,6 +106,7 @@ def test_batches_that_change_size_give_the_tokens_of_lone_runs(alone: list[list[
         check_idle(model)
         after = model.graphs.stats()
     assert (after["captures"], after["compiles"]) == (4, 4)
+    assert after["chunk"]["runs"] == sum(len(prompt) // 40 for prompt in PROMPTS) == 8
     assert all(runs > 0 for runs in after["runs"].values())
     assert [request.output_ids for request in requests] == [ids[: 20 + 25 * n] for n, ids in enumerate(alone)]
 

@@ -30,11 +30,11 @@ class FakeRecorder:
         self.warmed = 0
         self.recorded: list[int] = []
 
-    def warm_up(self, run: Callable[[], StepOutput]) -> None:
+    def warm_up(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
         run()
         self.warmed += 1
 
-    def record(self, run: Callable[[], StepOutput]) -> Recording:
+    def record(self, run: Callable[[], tuple[torch.Tensor, ...]]) -> Recording:
         outputs = run()
         bucket = outputs[0].shape[0]
         self.recorded.append(bucket)
