@@ -13,6 +13,7 @@ from fastdms.decoder import Chunk, Decoder, DenseHistory
 from fastdms.graphs import (
     ARTIFACTS,
     GraphCache,
+    RowChunk,
     RowInput,
     StepBuffers,
     StepOutput,
@@ -93,7 +94,7 @@ class ModelRunner:
     A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``config.dense_tokens``
     says. Until they are all there, or the row is released, their keys and values are held whole beside the cache.
 
-    prefill_chunk: tokens of a chunk of one row, prefilled under the DMS mask, that is captured beside the decode steps;
+    prefill_chunk: the most tokens of a chunk, prefilled under the DMS mask, that is captured beside the decode steps;
         0: none is.
     debug: check before each replay that weights and state lie where they did at capture.
     """
@@ -129,7 +130,9 @@ class ModelRunner:
             )  # fmt: skip
             self.graphs.warm_up()
             if self.dense_kernel is None and 0 < prefill_chunk <= cache.config.max_context:
-                self.graphs.add_chunk(lambda buffers: decoder.prefill(Chunk(**buffers._asdict()), cache), prefill_chunk)
+                self.graphs.add_chunks(
+                    lambda buffers: decoder.prefill(Chunk(**buffers._asdict()), cache), prefill_chunk
+                )
 
     def prefill(self, pieces: Sequence[PrefillPiece]) -> torch.Tensor:
         """Run one ragged chunk; logits ``[len(pieces), V]`` fp32 after each piece's last token.
@@ -137,11 +140,11 @@ class ModelRunner:
         A piece that is prefilled densely must be the only one, and its row's first must begin at 0.
         """
         first = pieces[0]
-        if len(pieces) == 1 and not first.dense_tokens:
+        if not first.dense_tokens:
             with inference(self.device):
-                whole = self.graphs.run_chunk(first.row, first.token_ids, first.start)
-            if whole is not None:
-                return whole
+                logits = self.graphs.run_chunk([RowChunk(p.row, p.token_ids, p.start) for p in pieces])
+            if logits is not None:
+                return logits
         indptr = [0]
         for piece in pieces:
             indptr.append(indptr[-1] + len(piece.token_ids))

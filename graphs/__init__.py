@@ -4,6 +4,7 @@ from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
 from fastdms.graphs.buffers import MAX_BANNED, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.cache import MODES, GraphCache, check_mode
+from fastdms.graphs.chunk_graphs import RowChunk
 from fastdms.graphs.compiler import Step, StepOutput
 from fastdms.graphs.key import GraphKey, fingerprint
 
@@ -13,6 +14,7 @@ __all__ = [
     "MODES",
     "GraphCache",
     "GraphKey",
+    "RowChunk",
     "RowInput",
     "Step",
     "StepBuffers",

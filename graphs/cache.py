@@ -1,5 +1,5 @@
 """The graph cache: one compiled, and on CUDA captured, decode step per bucket, all made before the first request; and
-on CUDA a prefill chunk."""
+on CUDA prefill chunks of a few sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdms.graphs.artifacts import Artifacts
 from fastdms.graphs.bucket import choose_bucket
 from fastdms.graphs.buffers import Columns, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.capture import GraphRecorder, Recorder
-from fastdms.graphs.chunk_graph import ChunkBuffers, ChunkGraph, Prefill
+from fastdms.graphs.chunk_graphs import ChunkBuffers, ChunkGraphs, Prefill, RowChunk, chunk_sizes
 from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step
 from fastdms.graphs.key import GraphKey, machine_key, step_inputs
 from fastdms.graphs.report import format_report
@@ -94,7 +94,7 @@ class GraphCache:
         self._step: Step | None = step
         self._state, self._mode, self._debug, self._device = state, mode, debug, device
         self._memory_limit, self._recorder = memory_limit, recorder
-        self._chunk: ChunkGraph | None = None
+        self._chunks: ChunkGraphs | None = None
         self._chunk_addresses: Mapping[str, int] = {}
         self._backend = CountingBackend(backend)  # the compiler never forgets it, so it holds nothing of this object
         self._artifacts = Artifacts(artifacts if mode != "eager" else None)
@@ -138,34 +138,37 @@ class GraphCache:
         bucket = self._held[0]
         return self._run(bucket, self._entry(bucket))
 
-    def add_chunk(self, prefill: Prefill, num_tokens: int, recorder: Recorder | None = None) -> None:
-        """Record a prefill of ``num_tokens`` tokens of one row, where steps are captured and there is memory for it.
+    def add_chunks(self, prefill: Prefill, most_tokens: int, recorder: Recorder | None = None) -> None:
+        """Record prefills of up to ``most_tokens`` tokens of as many rows as the largest bucket has, where steps are
+        captured and there is memory for it.
 
         recorder: with a pool of its own, since its replays come between steps whose outputs are still in use.
         """
         if self._recorder is None:
             return
         try:
-            self._chunk = ChunkGraph(prefill, num_tokens, self._device, recorder or GraphRecorder())
+            self._chunks = ChunkGraphs(
+                prefill, chunk_sizes(most_tokens), self._sizes[-1], self._device, recorder or GraphRecorder()
+            )
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return
-        self._chunk_addresses = self._addresses(self._chunk.buffers) if self._debug else {}
+        self._chunk_addresses = self._addresses(self._chunks.buffers) if self._debug else {}
 
-    def run_chunk(self, row: int, token_ids: Sequence[int], start: int) -> torch.Tensor | None:
-        """Logits ``[1, V]`` of the chunk's last token; None, and nothing done, where no recording is of its length."""
-        if self._chunk is None or len(token_ids) != self._chunk.num_tokens:
+    def run_chunk(self, chunks: Sequence[RowChunk]) -> torch.Tensor | None:
+        """Logits ``[len(chunks), V]`` after each row's last token; None, and nothing done, without a fitting graph."""
+        if self._chunks is None:
             return None
         if self._debug:
-            self._check_addresses("the prefill chunk", self._chunk.buffers, self._chunk_addresses)
-        return self._chunk.run(row, token_ids, start)
+            self._check_addresses("a prefill chunk", self._chunks.buffers, self._chunk_addresses)
+        return self._chunks.run(chunks)
 
     def stats(self) -> dict[str, Any]:
         """Counts so far.
 
         compiles, captures: in all; recompiles: compiles after the warm-up. hits, misses: runs that found their entry,
         or had to make it. evictions: entries dropped for the memory limit. pool_bytes: of the pool that all steps'
-        graphs share. artifacts: see ``Artifacts.state``. chunk: ``ChunkGraph.stats``, None without one. By bucket:
+        graphs share. artifacts: see ``Artifacts.state``. chunks: ``ChunkGraphs.stats``, None without any. By bucket:
         runs, padded_rows, bucket_captures, seconds spent making entries, and the bytes that each held entry keeps.
         """
         buckets, held = self._buckets.items(), self._entries
@@ -181,7 +184,7 @@ class GraphCache:
             "evictions": self._evictions,
             "pool_bytes": self._pool_bytes,
             "artifacts": self._artifacts.state,
-            "chunk": None if self._chunk is None else self._chunk.stats(),
+            "chunks": None if self._chunks is None else self._chunks.stats(),
             "runs": {size: bucket.runs for size, bucket in buckets},
             "padded_rows": {size: bucket.padded_rows for size, bucket in buckets},
             "bucket_captures": {size: bucket.captures for size, bucket in buckets},
@@ -198,7 +201,7 @@ class GraphCache:
         self._entries.clear()
         for bucket in self._buckets.values():
             bucket.code = None
-        self._step, self._state, self._recorder, self._chunk = None, dict, None, None
+        self._step, self._state, self._recorder, self._chunks = None, dict, None, None
 
     def _entry(self, bucket: _Bucket) -> _Entry:
         entry = self._entries.pop(bucket.key, None)

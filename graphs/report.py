@@ -30,7 +30,7 @@ def format_report(stats: Mapping[str, Any]) -> str:
                 f"{stats['seconds'][bucket]:.1f}",
             )
         )
-    chunk = stats["chunk"]
+    chunks = stats["chunks"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(
@@ -40,13 +40,11 @@ def format_report(stats: Mapping[str, Any]) -> str:
             f"artifacts {stats['artifacts']}",
             f"{stats['hits']:,} hits, {stats['misses']} misses, {stats['evictions']} evictions; "
             f"shared pool {stats['pool_bytes'] / 2**20:.1f} MiB",
-            *(
-                [
-                    f"prefill chunk of {chunk['num_tokens']:,} tokens: {chunk['runs']:,} runs, "
-                    f"{chunk['bytes'] / 2**20:.1f} MiB, {chunk['seconds']:.1f} s"
-                ]
-                if chunk
-                else []
-            ),
+            *([_chunks_line(chunks)] if chunks else []),
         )
     )
+
+
+def _chunks_line(chunks: Mapping[str, Any]) -> str:
+    runs = ", ".join(f"{count:,} of {size:,} tokens" for size, count in chunks["runs"].items())
+    return f"prefill chunks: {runs}; {chunks['bytes'] / 2**20:.1f} MiB, {chunks['seconds']:.1f} s"

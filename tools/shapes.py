@@ -106,5 +106,8 @@ def random_model(config: ModelConfig, dms: DMSConfig | None, *, seed: int = 0, *
 
     load_weights(decoder, ((name, drawn(name, shape)) for name, shape in weight_shapes(decoder).items()))
     cache = CompactCache(resolve_cache(config, dms, resolved), resolved.device)
-    runner = ModelRunner(decoder, cache, mode=resolved.mode, max_concurrency=resolved.max_concurrency)
+    runner = ModelRunner(
+        decoder, cache, mode=resolved.mode, max_concurrency=resolved.max_concurrency,
+        prefill_chunk=resolved.prefill_chunk,
+    )  # fmt: skip
     return CompiledModel(config, dms, resolved, runner, None)

@@ -35,7 +35,7 @@ def tiles(head_dim: int, element_bytes: int) -> Tiles:
     if element_bytes == 4:
         return Tiles(tokens=32, warps=4, stages=2, programs=2)
     if head_dim * element_bytes <= 64:
-        return Tiles(tokens=64, warps=1, stages=5, programs=8)
+        return Tiles(tokens=64, warps=1, stages=7, programs=8)
     if head_dim * element_bytes <= 128:
         return Tiles(tokens=32, warps=1, stages=5, programs=6, restart=4)
     return Tiles(tokens=64 if head_dim * element_bytes <= 256 else 32, warps=4, stages=3, programs=2)

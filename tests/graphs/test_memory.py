@@ -42,7 +42,7 @@ def test_without_a_limit_every_graph_is_captured_once_largest_first() -> None:
     assert isinstance(stats.pop("seconds"), dict)
     assert stats == {
         "mode": "graphs", "buckets": BUCKETS, "compiles": 3, "recompiles": 0, "captures": 3, "hits": 5, "misses": 0,
-        "evictions": 0, "pool_bytes": 1000, "artifacts": "off", "chunk": None, "runs": {1: 2, 2: 1, 4: 2},
+        "evictions": 0, "pool_bytes": 1000, "artifacts": "off", "chunks": None, "runs": {1: 2, 2: 1, 4: 2},
         "padded_rows": {1: 0, 2: 0, 4: 1}, "bucket_captures": {1: 1, 2: 1, 4: 1}, "bytes": {1: 100, 2: 200, 4: 400},
     }  # fmt: skip
 

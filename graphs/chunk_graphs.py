@@ -1,0 +1,120 @@
+"""Prefill chunks as CUDA graphs: their launches take the host longer than they take the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fastdms.graphs.capture import Recorder, Recording
+
+__all__ = ["ChunkBuffers", "ChunkGraphs", "Prefill", "RowChunk", "chunk_sizes"]
+
+_LEAST_TOKENS = 32
+_STEP = 4  # from one size to the next
+
+
+class RowChunk(NamedTuple):
+    """The next tokens of a row. ``start``: position of the first."""
+
+    row: int
+    token_ids: Sequence[int]
+    start: int
+
+
+class ChunkBuffers(NamedTuple):
+    """The static tensors of a ragged chunk, of T tokens with those that pad it and of R rows with those that have none.
+
+    tokens: ``[T]`` int64. positions: ``[T]`` int32, -1 for padding. rows: ``[R]`` int32. chunk_indptr: ``[R + 1]``
+    int32. outputs: ``[R]`` int64, each row's last token.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    chunk_indptr: torch.Tensor
+    outputs: torch.Tensor
+
+
+Prefill = Callable[[ChunkBuffers], torch.Tensor]  # logits [R, V] fp32
+
+
+def chunk_sizes(most: int) -> tuple[int, ...]:
+    """Tokens of the chunks that are captured, ascending: ``most``, a quarter of it, and so on down to some dozens."""
+    sizes = [most]
+    while sizes[-1] // _STEP >= _LEAST_TOKENS:
+        sizes.append(sizes[-1] // _STEP)
+    return tuple(reversed(sizes))
+
+
+class ChunkGraphs:
+    """Prefills ragged chunks by replays, each padded to the least of ``sizes`` that holds it.
+
+    prefill: launches one, over static buffers; a chunk without tokens touches no state, and warms up. num_rows: the
+    most that a chunk has tokens of. Nothing that other graphs keep may lie in the recorder's pool: a replay could write
+    to it.
+    """
+
+    def __init__(
+        self, prefill: Prefill, sizes: Sequence[int], num_rows: int, device: torch.device, recorder: Recorder
+    ) -> None:
+        started = time.perf_counter()
+        self._num_rows = num_rows
+        self.buffers = ChunkBuffers(
+            tokens=torch.zeros(max(sizes), dtype=torch.int64, device=device),
+            positions=torch.full((max(sizes),), -1, dtype=torch.int32, device=device),
+            rows=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            chunk_indptr=torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
+            outputs=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        )
+        self._runs = dict.fromkeys(sorted(sizes), 0)
+        self._recordings: dict[int, Recording] = {}
+        for size in sorted(sizes, reverse=True):  # so that the smaller ones find room in the pool
+            self._recordings[size] = self._record(prefill, size, recorder)
+        self._seconds = time.perf_counter() - started
+
+    def run(self, chunks: Sequence[RowChunk]) -> torch.Tensor | None:
+        """Logits ``[len(chunks), V]`` after each row's last token; None, and nothing done, if they are too many."""
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        size = next((size for size in self._runs if num_tokens <= size), None)
+        if size is None or len(chunks) > self._num_rows:
+            return None
+        self._fill(chunks, size)
+        self._recordings[size].replay()
+        self._runs[size] += 1
+        return self._recordings[size].outputs[0][: len(chunks)].clone()
+
+    def stats(self) -> dict[str, Any]:
+        """runs so far, by size; seconds that making them took; the bytes that they keep, their scratch among them."""
+        kept = sum(recording.kept_bytes + recording.pool_bytes for recording in self._recordings.values())
+        return {"runs": dict(self._runs), "seconds": self._seconds, "bytes": kept}
+
+    def _record(self, prefill: Prefill, size: int, recorder: Recorder) -> Recording:
+        own = self.buffers._replace(tokens=self.buffers.tokens[:size], positions=self.buffers.positions[:size])
+
+        def run() -> tuple[torch.Tensor]:
+            return (prefill(own),)
+
+        recorder.warm_up(run)
+        return recorder.record(run)
+
+    def _fill(self, chunks: Sequence[RowChunk], size: int) -> None:
+        tokens: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []
+        for chunk in chunks:
+            tokens.extend(chunk.token_ids)
+            positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
+            ends.append(len(tokens))
+        without = self._num_rows - len(chunks)
+        columns = (
+            tokens + [0] * (size - len(tokens)),
+            positions + [-1] * (size - len(positions)),
+            [chunk.row for chunk in chunks] + [0] * without,
+            [0, *ends] + [len(tokens)] * without,
+            [end - 1 for end in ends] + [0] * without,
+        )
+        for buffer, column in zip(self.buffers, columns, strict=True):
+            buffer[: len(column)].copy_(torch.tensor(column, dtype=buffer.dtype, device="cpu"), non_blocking=True)
