@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 
 import fastdms
 import fastdms.bundled_model as module
+import fastdms.tokenizer as tokenizer_module
 from fastdms.bundled_model import default_model
 from fastdms.checkpoint import open_checkpoint
 from fastdms.checkpoint.adapter_file import write_adapter
 from fastdms.config import DMSConfig
 from fastdms.tokenizer import encode_chat, load_tokenizer
 from tests.checkpoint.files import assert_same_tensors
-from tests.tiny_tokenizers import smollm2
+from tests.tiny_tokenizers import smollm2, smollm2_gguf
 
 RULE = DMSConfig(window_tokens=16, alpha_offset=0.0, shift=1, source="adapter", target_compression=2.0)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -36,6 +37,15 @@ def asset(tmp_path_factory, monkeypatch):
     path = tmp_path_factory.mktemp("assets") / "adapter.safetensors"
     monkeypatch.setattr(module, "ADAPTER", path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def tokenizer_read_once(monkeypatch):
+    """The real file's tokenizer takes seconds to read, most of what a conversion takes."""
+    read = tokenizer_module.load_tokenizer
+    monkeypatch.setattr(
+        tokenizer_module, "load_tokenizer", lambda path: smollm2() if path == smollm2_gguf() else read(path)
+    )
 
 
 def make_adapter(path, *, seed=0, base_sha256=module.GGUF_SHA256):
