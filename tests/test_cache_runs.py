@@ -148,7 +148,7 @@ def test_pools_full_of_nan(rule: str, kv_dtype: str) -> None:
             # Three rows of four: one span of every layer and head stays empty.
             logits = runtime.score_batch(sequences, [1, PAGE_SIZE - 1, 100])
             completions = many(runtime(prompts, replace(GREEDY, logprobs=5)))
-            logits += runtime.score_batch(sequences, [1, 1, 1])
+            logits += runtime.score_batch(sequences, [1, PAGE_SIZE - 9, 91])  # steps past a page's end and the window
             assert len(releases) == 2 + len(prompts)
             assert engine.cache.k_pages.float().isnan().any() == (value != 0.0)
         results.append((logits, [(done.token_ids, done.logprobs) for done in completions]))
