@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,26 @@ def one(result: fastdms.Completion | list[fastdms.Completion]) -> fastdms.Comple
 def many(result: fastdms.Completion | list[fastdms.Completion]) -> list[fastdms.Completion]:
     assert isinstance(result, list)
     return result
+
+
+Alone = Callable[[str, Sequence[list[int]], SamplingParams], list[list[int]]]
+
+
+def lone_runs(model: PreTrainedModel, rules: dict[str, Any]) -> Alone:
+    """Rule, prompts and parameters -> the tokens of each prompt, run alone in a model of one row; each runs once."""
+    known: dict[tuple[str, tuple[int, ...], SamplingParams], list[int]] = {}
+
+    def tokens(rule: str, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
+        keys = [(rule, tuple(prompt), params) for prompt in prompts]
+        if any(key not in known for key in keys):
+            with compiled(model, dms=rules[rule], max_context=512, max_concurrency=1) as runtime:
+                engine_of(runtime)._run_ahead = False
+                for key, prompt in zip(keys, prompts, strict=True):
+                    if key not in known:
+                        known[key] = one(runtime(prompt, params)).token_ids
+        return [known[key] for key in keys]
+
+    return tokens
 
 
 FIRST_FLAGGED = VOCAB_SIZE // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastdms.request import Request
 from fastdms.runner import ModelRunner
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_model, tiny_tokens
-from tests.running import Watch, check_idle, compiled, drain, engine_of, many, one, submit
+from tests.running import Alone, Watch, check_idle, compiled, drain, engine_of, lone_runs, many, one, submit
 
 MASKED = dms_config("nvidia", 7)
 assert MASKED is not None
@@ -48,25 +48,9 @@ def weights() -> PreTrainedModel:
     return tiny_model("qwen3")
 
 
-Alone = Callable[[str, Sequence[list[int]], SamplingParams], list[list[int]]]
-
-
 @pytest.fixture(scope="module")
 def alone(weights: PreTrainedModel) -> Alone:
-    """Rule, prompts and parameters -> the tokens of each prompt, run alone in a model of one row; each runs once."""
-    known: dict[tuple[str, tuple[int, ...], SamplingParams], list[int]] = {}
-
-    def tokens(rule: str, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
-        keys = [(rule, tuple(prompt), params) for prompt in prompts]
-        if any(key not in known for key in keys):
-            with compiled(weights, dms=RULES[rule], max_context=512, max_concurrency=1) as model:
-                engine_of(model)._run_ahead = False
-                for key, prompt in zip(keys, prompts, strict=True):
-                    if key not in known:
-                        known[key] = one(model(prompt, params)).token_ids
-        return [known[key] for key in keys]
-
-    return tokens
+    return lone_runs(weights, RULES)
 
 
 def test_the_tokens_vary(alone: Alone) -> None:
