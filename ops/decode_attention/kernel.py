@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from fastdms.ops.decode_attention.merge_kernel import merge_kernel
-from fastdms.ops.decode_attention.split import first_tile, span_tiles, with_restarts
-from fastdms.ops.decode_attention.tile_step import LOWEST, tile_step
+from fastdms.ops.decode_attention.merge_kernel import _merge_kernel
+from fastdms.ops.decode_attention.split_kernel import first_tile, span_tiles, with_restarts
+from fastdms.ops.decode_attention.tile_kernel import LOWEST, tile_step
 from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype, power_of_two
 
 
@@ -191,7 +191,7 @@ def decode_attention(
         num_stages=stages, **blocks, **dependent_launch(q.device),
     )  # fmt: skip
     pieces = merge_pieces(programs, spans)
-    merge_kernel[(spans, group)](
+    _merge_kernel[(spans, group)](
         positions, rows, live_len, maxima, sums, acc, out, spans, PIECES=pieces, num_warps=pieces // 16, **blocks,
         **dependent_launch(q.device),
     )  # fmt: skip

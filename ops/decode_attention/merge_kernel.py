@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.decode_attention.split import owner, span_tiles, with_restarts
-from fastdms.ops.decode_attention.tile_step import LOWEST
+from fastdms.ops.decode_attention.split_kernel import owner, span_tiles, with_restarts
+from fastdms.ops.decode_attention.tile_kernel import LOWEST
 
 
 @triton.jit
-def merge_kernel(
+def _merge_kernel(
     positions_ptr,
     rows_ptr,
     live_len_ptr,

@@ -1,4 +1,4 @@
-"""A linear layer of a decode step: RMSNorm before it, SwiGLU or the residual after it, in one kernel."""
+"""A linear layer of a decode step: RMSNorm before it, SwiGLU or the residual after it."""
 
 from __future__ import annotations
 

@@ -245,6 +245,16 @@ def test_norms_of_large_and_small_rows(rows: int, magnitude: float, dtype: torch
     _assert_right(_run(backend, inputs), inputs)
 
 
+@_GPU
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_norms_that_fp16_cannot_hold(magnitude: float, rows: int) -> None:
+    """fp8 weights are multiplied in fp16, several rows of them."""
+    inputs = _inputs(rows, 20, 100, torch.bfloat16, _FP8, norm=True, fp32_out=True)
+    inputs["norm"] = inputs["norm"] * magnitude
+    _assert_right(_run("kernel", inputs), inputs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_gates_far_from_zero(rows: int, backend: str) -> None:
