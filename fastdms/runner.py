@@ -94,8 +94,8 @@ class ModelRunner:
     A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``config.dense_tokens``
     says. Until they are all there, or the row is released, their keys and values are held whole beside the cache.
 
-    prefill_chunk: the most tokens of a chunk, prefilled under the DMS mask, that is captured beside the decode steps;
-        0: none is.
+    prefill_chunk: the most tokens of a chunk; those prefilled under the DMS mask are captured beside the decode steps,
+        up to some thousand tokens of a few rows. 0: none are.
     debug: check before each replay that weights and state lie where they did at capture.
     """
 
@@ -129,9 +129,10 @@ class ModelRunner:
                 state=lambda: _state(decoder, cache), artifacts=ARTIFACTS, debug=debug,
             )  # fmt: skip
             self.graphs.warm_up()
-            if self.dense_kernel is None and 0 < prefill_chunk <= cache.config.max_context:
+            if prefill_chunk and not (decoder.dms is not None and decoder.dms.prefill == "dense"):
                 self.graphs.add_chunks(
-                    lambda buffers: decoder.prefill(Chunk(**buffers._asdict()), cache), prefill_chunk
+                    lambda buffers: decoder.prefill(Chunk(**buffers._asdict()), cache),
+                    min(prefill_chunk, cache.config.max_context),
                 )
 
     def prefill(self, pieces: Sequence[PrefillPiece]) -> torch.Tensor:

@@ -69,8 +69,8 @@ def compile(
         eviction, or by its rule) holds one prompt's keys and values besides (``score`` another one's), for which None
         and a share leave room.
     prefill_chunk: prompt tokens per prefill step; it never changes the result beyond rounding.
-    mode: ``"graphs"`` (one CUDA graph per decode bucket), ``"compile"`` (torch.compile alone) or ``"eager"``; None:
-        graphs on CUDA, eager on CPU.
+    mode: ``"graphs"`` (one CUDA graph per decode bucket, and some for prefill chunks), ``"compile"`` (torch.compile
+        alone) or ``"eager"``; None: graphs on CUDA, eager on CPU.
 
     Raises ValueError for whatever can't be: it names the argument, file or tensor, and what is allowed.
     """
@@ -282,7 +282,7 @@ class CompiledModel:
 
     @property
     def graphs(self) -> GraphCache:
-        """The graph cache of the decode step."""
+        """The graph cache of the decode step and of prefill chunks."""
         return self._open_engine().runner.graphs
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Decode buckets, static buffers, capture, and the cache of what was captured."""
+"""Decode buckets, prefill chunks, static buffers, capture, and the cache of what was captured."""
 
 from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets

@@ -63,8 +63,9 @@ class GraphCache:
         that into one CUDA graph per bucket, which a step then replays.
     model: the ``fingerprint`` of what the step is built from; kv_dtype: of its cache. Both enter the keys.
     state: the tensors by name that the step reads and writes beside its buffers; only debugging asks for them.
-    memory_limit: bytes that all held graphs may keep beside the pool's shared scratch. Above it the least recently used
-        are dropped, and captured again when they are next needed; a single one that is too large stays. None: no limit.
+    memory_limit: bytes that all steps' graphs may keep beside the pool's shared scratch. Above it the least recently
+        used are dropped, and captured again when they are next needed; a single one that is too large stays. None: no
+        limit.
     artifacts: folder of the compiler's artifacts; None: none are read or written.
     backend: of ``torch.compile``. recorder: captures; None: CUDA graphs.
     debug: before each replay, AssertionError unless all tensors lie where they did at capture.
@@ -139,20 +140,14 @@ class GraphCache:
         return self._run(bucket, self._entry(bucket))
 
     def add_chunks(self, prefill: Prefill, most_tokens: int, recorder: Recorder | None = None) -> None:
-        """Record prefills of up to ``most_tokens`` tokens of as many rows as the largest bucket has, where steps are
-        captured and there is memory for it.
+        """Record prefills of up to ``most_tokens`` tokens, where steps are captured and there is memory for it.
 
         recorder: with a pool of its own, since its replays come between steps whose outputs are still in use.
         """
         if self._recorder is None:
             return
-        try:
-            self._chunks = ChunkGraphs(
-                prefill, chunk_sizes(most_tokens), self._sizes[-1], self._device, recorder or GraphRecorder()
-            )
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return
+        sizes = chunk_sizes(most_tokens)
+        self._chunks = ChunkGraphs(prefill, sizes, self._sizes[-1], self._device, recorder or GraphRecorder())
         self._chunk_addresses = self._addresses(self._chunks.buffers) if self._debug else {}
 
     def run_chunk(self, chunks: Sequence[RowChunk]) -> torch.Tensor | None:

@@ -12,8 +12,8 @@ from fastdms.graphs.capture import Recorder, Recording
 
 __all__ = ["ChunkBuffers", "ChunkGraphs", "Prefill", "RowChunk", "chunk_sizes"]
 
-_LEAST_TOKENS = 32
-_STEP = 4  # from one size to the next
+_LEAST_TOKENS, _MOST_TOKENS = 64, 4096  # a longer chunk takes the device longer than the host
+_MOST_ROWS = 8  # of one chunk; each costs a little whether it has tokens or not
 
 
 class RowChunk(NamedTuple):
@@ -42,26 +42,26 @@ Prefill = Callable[[ChunkBuffers], torch.Tensor]  # logits [R, V] fp32
 
 
 def chunk_sizes(most: int) -> tuple[int, ...]:
-    """Tokens of the chunks that are captured, ascending: ``most``, a quarter of it, and so on down to some dozens."""
-    sizes = [most]
-    while sizes[-1] // _STEP >= _LEAST_TOKENS:
-        sizes.append(sizes[-1] // _STEP)
+    """Tokens of the chunks that are captured, ascending: ``most``, or what is captured at most, and halves of it."""
+    sizes = [min(most, _MOST_TOKENS)]
+    while sizes[-1] // 2 >= _LEAST_TOKENS:
+        sizes.append(sizes[-1] // 2)
     return tuple(reversed(sizes))
 
 
 class ChunkGraphs:
-    """Prefills ragged chunks by replays, each padded to the least of ``sizes`` that holds it.
+    """Prefills ragged chunks by replays, each padded to the least size that holds it.
 
-    prefill: launches one, over static buffers; a chunk without tokens touches no state, and warms up. num_rows: the
-    most that a chunk has tokens of. Nothing that other graphs keep may lie in the recorder's pool: a replay could write
-    to it.
+    prefill: launches one, over static buffers; a chunk without tokens touches no state, and warms up. sizes: tokens;
+    those for which there is no memory are left out. num_rows: that the engine runs at once. Nothing that other graphs
+    keep may lie in the recorder's pool: a replay could write to it.
     """
 
     def __init__(
         self, prefill: Prefill, sizes: Sequence[int], num_rows: int, device: torch.device, recorder: Recorder
     ) -> None:
         started = time.perf_counter()
-        self._num_rows = num_rows
+        num_rows = self._num_rows = min(num_rows, _MOST_ROWS)
         self.buffers = ChunkBuffers(
             tokens=torch.zeros(max(sizes), dtype=torch.int64, device=device),
             positions=torch.full((max(sizes),), -1, dtype=torch.int32, device=device),
@@ -69,14 +69,19 @@ class ChunkGraphs:
             chunk_indptr=torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
             outputs=torch.zeros(num_rows, dtype=torch.int64, device=device),
         )
-        self._runs = dict.fromkeys(sorted(sizes), 0)
-        self._recordings: dict[int, Recording] = {}
+        recordings: dict[int, Recording] = {}
         for size in sorted(sizes, reverse=True):  # so that the smaller ones find room in the pool
-            self._recordings[size] = self._record(prefill, size, recorder)
+            recording = self._record(prefill, size, recorder)
+            if recording is not None:
+                recordings[size] = recording
+            elif device.type == "cuda":
+                torch.cuda.empty_cache()
+        self._recordings = dict(sorted(recordings.items()))
+        self._runs = dict.fromkeys(self._recordings, 0)
         self._seconds = time.perf_counter() - started
 
     def run(self, chunks: Sequence[RowChunk]) -> torch.Tensor | None:
-        """Logits ``[len(chunks), V]`` after each row's last token; None, and nothing done, if they are too many."""
+        """Logits ``[len(chunks), V]`` after each row's last token; None, and nothing done, if none is that large."""
         num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         size = next((size for size in self._runs if num_tokens <= size), None)
         if size is None or len(chunks) > self._num_rows:
@@ -87,18 +92,23 @@ class ChunkGraphs:
         return self._recordings[size].outputs[0][: len(chunks)].clone()
 
     def stats(self) -> dict[str, Any]:
-        """runs so far, by size; seconds that making them took; the bytes that they keep, their scratch among them."""
-        kept = sum(recording.kept_bytes + recording.pool_bytes for recording in self._recordings.values())
-        return {"runs": dict(self._runs), "seconds": self._seconds, "bytes": kept}
+        """runs so far, by size; seconds that making them took; bytes of the pool that they share."""
+        pool_bytes = sum(recording.pool_bytes for recording in self._recordings.values())
+        return {"runs": dict(self._runs), "seconds": self._seconds, "bytes": pool_bytes}
 
-    def _record(self, prefill: Prefill, size: int, recorder: Recorder) -> Recording:
+    def _record(self, prefill: Prefill, size: int, recorder: Recorder) -> Recording | None:
         own = self.buffers._replace(tokens=self.buffers.tokens[:size], positions=self.buffers.positions[:size])
 
         def run() -> tuple[torch.Tensor]:
             return (prefill(own),)
 
-        recorder.warm_up(run)
-        return recorder.record(run)
+        try:
+            recorder.warm_up(run)
+            return recorder.record(run)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        return None
 
     def _fill(self, chunks: Sequence[RowChunk], size: int) -> None:
         tokens: list[int] = []
@@ -118,3 +128,12 @@ class ChunkGraphs:
         )
         for buffer, column in zip(self.buffers, columns, strict=True):
             buffer[: len(column)].copy_(torch.tensor(column, dtype=buffer.dtype, device="cpu"), non_blocking=True)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Of the allocator, or as the driver, cuBLAS or a broken-off capture say it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -112,7 +112,8 @@ def tile_step(
     b_q: ``[BLOCK_D, BLOCK_G]``. v_pages: int16, of two fp8 numbers each, if PAIRS: the hardware turns 16 bits around on
     their way out of shared memory, and not 8. MASKED: where the span ends in the tile. A
     value's scale joins the exponent, x + log2(v_scale), and leaves the sum again: so no weight is above one, which fp16
-    needs, and no product has to be scaled.
+    needs, and no product has to be scaled. A token of zeros, whose scale is the least, would only be lost from the sum
+    beside values of 1e10 and more.
     """
     DTYPE: tl.constexpr = b_q.dtype
     ONE_PAGE: tl.constexpr = PAGE % BLOCK_N == 0

@@ -33,7 +33,7 @@ def decode_linear(
     swiglu: weight is ``[2 F, K]``, gate then up, and the result ``silu(gate) * up``, so N_out is F; else N_out is N.
     The residual comes last. Sums are fp32. Returns ``[B, N_out]`` in x's dtype, or in fp32 with ``fp32_out``. On CUDA
     a row of a contiguous x gives the same result, bit for bit, in whichever batch of several and place it comes; alone
-    it has a kernel of its own. The weight must not be what the kernel launched just before writes.
+    it has a kernel of its own. Neither weight nor norm may be what the kernel launched just before writes.
     Raises ValueError on shapes or dtypes that don't fit.
     """
     check(

@@ -1,4 +1,4 @@
-"""Triton backend of decode_linear: one kernel for several rows, whose programs share the output channels.
+"""Triton backend of decode_linear: for several rows a kernel whose programs share the output channels.
 
 No sum is split over programs, so that a row's result hangs on nothing but the row. Their norm is a kernel of its own,
 beside which the weights are on their way already. A single row has another.
@@ -68,11 +68,11 @@ def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
 
 
 def _stages(cut: Tile, column_bytes: int, device: torch.device) -> int:
-    """As many stages of ``cut`` as fit the shared memory of ``device``."""
+    """As many stages of ``cut`` as fit the shared memory of ``device``, which holds all but one of them."""
     if device.type != "cuda":
         return cut.stages
     memory: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return max(1, min(cut.stages, memory // (cut.depth * column_bytes)))
+    return min(cut.stages, memory // (cut.depth * column_bytes) + 1)
 
 
 @triton.jit

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import fastdms
 from fastdms.cache import CompactCache
 from fastdms.graphs import GraphCache
 from fastdms.ops import MOST_ROWS
+from fastdms.request import Request
 from fastdms.runner import ModelRunner, _state, inference
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
@@ -94,7 +97,7 @@ def test_padding_touches_no_state(alone: list[list[int]], rows: int) -> None:
 
 def test_batches_that_change_size_give_the_tokens_of_lone_runs(alone: list[list[int]]) -> None:
     """Through every bucket and back, as rows join and leave; nothing is captured or compiled on the way."""
-    with graphed(max_concurrency=6, prefill_chunk=40) as model:
+    with graphed(max_concurrency=6, prefill_chunk=130) as model:
         stats = model.graphs.stats()
         assert stats["captures"] == stats["compiles"] == len(stats["buckets"]) == 4
         requests = []
@@ -107,9 +110,34 @@ def test_batches_that_change_size_give_the_tokens_of_lone_runs(alone: list[list[
         check_idle(model)
         after = model.graphs.stats()
     assert (after["captures"], after["compiles"]) == (4, 4)
-    assert after["chunks"]["runs"][40] >= sum(len(prompt) // 40 for prompt in PROMPTS)
+    assert list(after["chunks"]["runs"]) == [65, 130]
+    assert all(after["chunks"]["runs"].values())
     assert all(runs > 0 for runs in after["runs"].values())
     assert [request.output_ids for request in requests] == [ids[: 20 + 25 * n] for n, ids in enumerate(alone)]
+
+
+def test_ten_thousand_steps_compile_and_capture_nothing() -> None:
+    """Rows join and leave all the while, with prompts of every length."""
+    dice = random.Random(0)
+    with graphed(max_concurrency=6, prefill_chunk=128) as model:
+        engine = engine_of(model)
+        before, traced = model.graphs.stats(), counters["stats"]["unique_graphs"]
+        requests: list[Request] = []
+        while sum(model.graphs.stats()["runs"].values()) < 10_000:
+            if len(engine.running) < dice.randint(1, 6):
+                prompt = tiny_tokens(dice.randint(1, 200), seed=len(requests))
+                requests.append(submit(model, prompt, replace(SEEDED, max_tokens=dice.randint(1, 250))))
+            for _ in range(dice.randint(1, 20)):
+                engine.step()
+        drain(model, requests)
+        check_idle(model)
+        after = model.graphs.stats()
+        assert counters["stats"]["unique_graphs"] == traced
+    assert len(requests) > 100
+    assert all(request.finished for request in requests)
+    for name in ("compiles", "captures", "recompiles", "misses", "evictions"):
+        assert after[name] == before[name], name
+    assert all(after["chunks"]["runs"].values())
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])

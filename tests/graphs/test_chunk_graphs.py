@@ -17,7 +17,7 @@ from fastdms.runner import PrefillPiece, _state, inference
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.toys import FakeRecorder
 from tests.models import dms_config, tiny_model, tiny_tokens
-from tests.running import check_idle, compiled, drain, engine_of, one, submit
+from tests.running import check_idle, compiled, drain, engine_of, submit
 
 CHUNK = 128
 OPTIONS: dict[str, Any] = {
@@ -59,9 +59,9 @@ def test_the_tokens_are_those_of_plain_prefills() -> None:
         assert generate(model) == generate(plain)
         assert plain.graphs.stats()["chunks"] is None
         runs = model.graphs.stats()["chunks"]["runs"]
-        assert list(runs) == [32, 128]
+        assert list(runs) == [64, 128]
         assert all(runs.values())
-        assert f"prefill chunks: {runs[32]} of 32 tokens, {runs[128]} of 128 tokens" in model.graphs.report()
+        assert f"prefill chunks: {runs[64]} of 64 tokens, {runs[128]} of 128 tokens" in model.graphs.report()
 
 
 def test_logits_and_cache_are_those_of_a_plain_prefill() -> None:
@@ -93,7 +93,16 @@ def test_logits_outlive_the_next_run() -> None:
         assert torch.equal(first, kept)
 
 
-@pytest.mark.parametrize(("most", "sizes"), [(2048, (32, 128, 512, 2048)), (40, (40,)), (1, (1,)), (128, (32, 128))])
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (2048, (64, 128, 256, 512, 1024, 2048)),
+        (40, (40,)),
+        (1, (1,)),
+        (130, (65, 130)),
+        (2**20, (64, 128, 256, 512, 1024, 2048, 4096)),
+    ],
+)
 def test_sizes(most: int, sizes: tuple[int, ...]) -> None:
     assert chunk_sizes(most) == sizes
 
@@ -127,12 +136,13 @@ def test_buffers_hold_the_chunk_and_nothing_of_the_one_before(data: st.DataObjec
         size = 4 if total <= 4 else 16
         assert tokens == [token for chunk in chunks for token in chunk.token_ids] + [0] * (size - total)
         assert positions[total:] == [-1] * (size - total)
-        assert held[: len(rows)] == rows
+        assert held == rows + [0] * (3 - len(rows))
         assert indptr[len(rows) :] == [total] * (4 - len(rows))
         for chunk, begin, end, last in zip(chunks, indptr, indptr[1:], outputs, strict=False):
             assert tokens[begin:end] == chunk.token_ids
             assert positions[begin:end] == list(range(chunk.start, chunk.start + end - begin))
             assert last == end - 1
+        assert outputs[len(rows) :] == [0] * (3 - len(rows))
         assert logits is not None
         assert logits[:, 0].tolist() == outputs[: len(rows)]
 
@@ -152,16 +162,45 @@ def test_a_pool_that_was_moved_is_noticed() -> None:
             model(PROMPTS[0], PARAMS)
 
 
-class _NoMemory(FakeRecorder):
+class _Full(FakeRecorder):
+    """Runs out of memory once, while it warms up or records the size that is the ``at``-th."""
+
+    def __init__(self, at: int, warming: bool, error: RuntimeError) -> None:
+        super().__init__()
+        self.at, self.warming, self.error = at, warming, error
+
+    def warm_up(self, run: Any) -> None:
+        super().warm_up(run)
+        if self.warming and self.warmed == self.at:
+            raise self.error
+
     def record(self, run: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory left")
+        if not self.warming and self.warmed == self.at:
+            raise RuntimeError("the capture was broken off") from self.error
+        return super().record(run)
 
 
-def test_without_memory_prefills_go_unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    with recorded() as model:
-        graphs = model.graphs
-        graphs._chunks = None
-        graphs.add_chunks(lambda buffers: buffers.outputs, CHUNK, _NoMemory())
-        assert graphs.stats()["chunks"] is None
-        assert len(one(model(PROMPTS[0], PARAMS)).token_ids) == 12
+@pytest.mark.parametrize("warming", [True, False])
+@pytest.mark.parametrize(("at", "left"), [(1, [4, 8]), (2, [4, 16]), (3, [8, 16])])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("none left"), RuntimeError("Triton Error [CUDA]: out of memory")],
+    ids=["torch", "driver"],
+)
+def test_a_size_without_memory_is_left_out(at: int, left: list[int], warming: bool, error: RuntimeError) -> None:
+    recorder = _Full(at, warming, error)
+    graphs = ChunkGraphs(lambda b: b.outputs.float()[:, None], (4, 8, 16), 2, torch.device("cpu"), recorder)
+    assert list(graphs.stats()["runs"]) == left
+    assert (graphs.run([RowChunk(0, [1] * 12, 0)]) is None) == (16 not in left)
+    assert graphs.run([RowChunk(0, [1] * 3, 0)]) is not None
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    with pytest.raises(RuntimeError, match="broken off"):
+        ChunkGraphs(lambda b: b.outputs, (4,), 2, torch.device("cpu"), _Full(1, False, RuntimeError("a bug")))
+
+
+def test_more_rows_than_a_chunk_takes() -> None:
+    graphs = ChunkGraphs(lambda b: b.outputs.float()[:, None], (64,), 20, torch.device("cpu"), FakeRecorder())
+    assert graphs.run([RowChunk(row, [1], 0) for row in range(8)]) is not None
+    assert graphs.run([RowChunk(row, [1], 0) for row in range(9)]) is None
