@@ -210,14 +210,13 @@ class Engine:
         return counts
 
     def _remainder(self, request: Request) -> PrefillPiece:
-        """All that is still to prefill, or still to prefill densely."""
-        ids = request.to_compute
+        """What is still to prefill, or still to prefill densely, as far as one chunk can take it."""
+        ids, begin = request.to_compute, request.computed
         dense = dense_tokens(self.runner.decoder.dms, len(request.prompt_ids), len(ids), self._prefill_chunk)
-        if request.computed >= dense:
-            return PrefillPiece(row=_row(request), token_ids=ids[request.computed :], start=request.computed)
-        return PrefillPiece(
-            row=_row(request), token_ids=ids[request.computed : dense], start=request.computed, dense_tokens=dense
-        )
+        if begin >= dense:
+            dense = 0
+        end = min(dense or len(ids), begin + self._prefill_chunk)
+        return PrefillPiece(row=_row(request), token_ids=ids[begin:end], start=begin, dense_tokens=dense)
 
     def _prefill(self, requests: Sequence[Request]) -> None:
         pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)

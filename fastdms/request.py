@@ -65,7 +65,7 @@ class Request:
     @property
     def to_compute(self) -> list[int]:
         """Tokens that must be in the cache before the next decode step."""
-        return self.prompt_ids + self.output_ids[:-1]
+        return self.prompt_ids + self.output_ids[:-1] if self.output_ids else self.prompt_ids
 
     @property
     def prefilled(self) -> bool:
