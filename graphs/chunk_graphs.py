@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fastdms.graphs.capture import Recorder, Recording
@@ -111,23 +112,24 @@ class ChunkGraphs:
         return None
 
     def _fill(self, chunks: Sequence[RowChunk], size: int) -> None:
-        tokens: list[int] = []
-        positions: list[int] = []
-        ends: list[int] = []
-        for chunk in chunks:
-            tokens.extend(chunk.token_ids)
-            positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
-            ends.append(len(tokens))
+        tokens = torch.zeros(size, dtype=torch.int64, device="cpu")
+        positions = torch.full((size,), -1, dtype=torch.int32, device="cpu")
+        indptr = [0]
+        for _, token_ids, start in chunks:
+            own = slice(indptr[-1], indptr[-1] + len(token_ids))
+            tokens[own] = torch.from_numpy(np.asarray(token_ids, dtype=np.int64))
+            positions[own] = torch.arange(start, start + len(token_ids), dtype=torch.int32, device="cpu")
+            indptr.append(own.stop)
         without = self._num_rows - len(chunks)
         columns = (
-            tokens + [0] * (size - len(tokens)),
-            positions + [-1] * (size - len(positions)),
             [chunk.row for chunk in chunks] + [0] * without,
-            [0, *ends] + [len(tokens)] * without,
-            [end - 1 for end in ends] + [0] * without,
+            indptr + indptr[-1:] * without,
+            [end - 1 for end in indptr[1:]] + [0] * without,
         )
-        for buffer, column in zip(self.buffers, columns, strict=True):
-            buffer[: len(column)].copy_(torch.tensor(column, dtype=buffer.dtype, device="cpu"), non_blocking=True)
+        self.buffers.tokens[:size].copy_(tokens, non_blocking=True)
+        self.buffers.positions[:size].copy_(positions, non_blocking=True)
+        for buffer, column in zip(self.buffers[2:], columns, strict=True):
+            buffer.copy_(torch.tensor(column, dtype=buffer.dtype, device="cpu"), non_blocking=True)
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
