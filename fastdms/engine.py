@@ -15,6 +15,8 @@ from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunne
 
 __all__ = ["Engine"]
 
+_CHUNKS_AHEAD = 4  # that are prefilled before the host looks at the first
+
 
 class Engine:
     """Admits, prefills, decodes, preempts and finishes requests; one ``step`` at a time, by whoever waits for one.
@@ -28,8 +30,9 @@ class Engine:
     Threads may share an engine: what touches rows or the cache happens inside ``alone``, and whoever steps carries all
     requests on.
 
-    run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on. What a row
-    that turns out to have ended did in it is dropped with its pages.
+    run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on, and prefill
+    chunks before it is known whether the last found pages. What a row that turns out to have ended did in them is
+    dropped with its pages.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
@@ -108,7 +111,7 @@ class Engine:
             self._taken_rows.difference_update(rows)
 
     def step(self) -> None:
-        """Admit what fits, run at most one prefill chunk, then one decode step for every row that is ready."""
+        """Admit what fits, run a prefill chunk, or a few while nothing decodes, then a decode step of what is ready."""
         self._carefully(self._step)
 
     def settle(self) -> None:
@@ -219,24 +222,32 @@ class Engine:
         return PrefillPiece(row=_row(request), token_ids=ids[begin:end], start=begin, dense_tokens=dense)
 
     def _prefill(self, requests: Sequence[Request]) -> None:
-        pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
-        failure = ""
-        try:
-            logits = self.runner.prefill(pieces)
-        except HistoryError as error:
-            failure = str(error)  # kept with its frames it would keep half a history too
+        before = [request.computed for request in requests]
+        alone, failure = len(self._running) == 1, ""
+        # The host reads whether rows found their pages; while nothing decodes, that can wait for some chunks.
+        for _ in range(_CHUNKS_AHEAD if self._run_ahead and len(requests) == len(self._running) else 1):
+            pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
+            try:
+                logits = self.runner.prefill(pieces)
+            except HistoryError as error:
+                failure = str(error)  # kept with its frames it would keep half a history too
+                break
+            prefilled = requests[: len(pieces)]  # the pieces are of the first
+            for request, piece in zip(prefilled, pieces, strict=True):
+                request.computed += len(piece.token_ids)
+            if any(request.prefilled for request in prefilled):
+                break
         if failure:  # before anything was run
             requests[0].error = ValueError(failure)
             self._leave(requests[0])
             return
-        starved, alone = set(self.cache.starved_rows()), len(self._running) == 1
+        starved = set(self.cache.starved_rows())
         ready: list[tuple[Request, torch.Tensor]] = []
-        for index, (request, piece) in enumerate(zip(requests, pieces, strict=False)):  # the first of them
-            if request.row in starved:
-                self._starve(request, alone, lost_tokens=len(piece.token_ids))
-                continue
-            request.computed += len(piece.token_ids)
-            if request.prefilled and not request.output_ids:
+        for index, (request, computed) in enumerate(zip(requests, before, strict=True)):
+            if request.computed > computed and request.row in starved:
+                lost, request.computed = request.computed - computed, computed
+                self._starve(request, alone, lost_tokens=lost)
+            elif request.computed > computed and request.prefilled and not request.output_ids:
                 ready.append((request, logits[index]))
         if ready:
             rows = torch.stack([row for _, row in ready])

@@ -1,0 +1,82 @@
+"""Prefill chunks that run before it is known whether the last found its pages, as on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transformers import PreTrainedModel
+
+from fastdms.engine import Engine
+from fastdms.request import Request
+from fastdms.sampling_params import SamplingParams
+from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.running import check_idle, compiled, drain, engine_of, one, submit
+
+MASKED = dms_config("nvidia", 7)
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = [tiny_tokens(length, seed=length) for length in (400, 3)]
+
+
+@pytest.fixture(scope="module")
+def weights() -> PreTrainedModel:
+    return tiny_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def alone(weights: PreTrainedModel) -> list[list[int]]:
+    with compiled(weights, dms=MASKED, max_concurrency=1, max_context=512) as model:
+        return [one(model(prompt, GREEDY)).token_ids for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_several_at_a_time_while_nothing_decodes(weights: PreTrainedModel, alone: list[list[int]], ahead: bool) -> None:
+    with compiled(weights, dms=MASKED, max_concurrency=2, max_context=512, prefill_chunk=16) as model:
+        engine = engine_of(model)
+        engine._run_ahead = ahead
+        short = submit(model, PROMPTS[1], GREEDY)
+        engine.step()
+        long = submit(model, PROMPTS[0], GREEDY)
+        while True:
+            before = long.computed
+            engine.step()
+            if short.finished:
+                break
+            assert long.computed <= before + 16, "one at a time beside a row that decodes"
+        before = long.computed
+        assert 16 <= before < 400 - 64
+        engine.step()
+        assert long.computed - before == (64 if ahead else 16)
+        drain(model, [long])
+        check_idle(model)
+    assert [long.output_ids, short.output_ids] == alone
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("pages", [9, 20])
+def test_pages_that_run_out_among_them(
+    weights: PreTrainedModel, pages: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was prefilled after that is lost with the row, and computed again once there is room, if ever there is."""
+    assert MASKED is not None
+    keeps_all = replace(MASKED, alpha_offset=1e6)  # but is thought to keep little
+    starve, lost = Engine._starve, []
+
+    def watched(engine: Engine, request: Request, alone: bool, lost_tokens: int) -> None:
+        lost.append(lost_tokens)
+        starve(engine, request, alone, lost_tokens)
+
+    monkeypatch.setattr(Engine, "_starve", watched)
+    prompts = [tiny_tokens(length, seed=length) for length in (200, 190)]  # 16 pages each
+    with compiled(weights, dms=keeps_all, max_concurrency=2, pages=pages, prefill_chunk=16) as model:
+        engine = engine_of(model)
+        engine._run_ahead, engine._live_share = ahead, 0.0
+        requests = [submit(model, prompt, GREEDY) for prompt in prompts]
+        drain(model, requests)
+        check_idle(model)
+    assert (max(lost) > 16) == (ahead and pages == 9), "beside a row that decodes, one at a time"
+    if pages == 9:
+        assert all("did not fit into 9 pages" in str(request.error) for request in requests)
+        return
+    with compiled(weights, dms=keeps_all, max_concurrency=1) as model:
+        assert [request.output_ids for request in requests] == [one(model(p, GREEDY)).token_ids for p in prompts]
