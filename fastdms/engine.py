@@ -92,17 +92,30 @@ class Engine:
         self._try_to_drop()
 
     def take_rows(self, count: int) -> list[int]:
-        """Free rows for direct use of the runner, until ``return_rows``; ValueError if too few are free."""
+        """Rows for direct use of the runner, until ``return_rows``; others are carried on until as many are free.
+
+        ValueError if there are not so many.
+        """
+        num_rows = self.cache.config.num_rows
+        if count > num_rows:
+            raise ValueError(
+                f"{count} rows are needed, and there are {num_rows}; give compile a larger max_concurrency"
+            )
+        taken: list[int] = []
         with self.alone():
-            self.settle()
-            free = self._free_rows()
-            if count > len(free):
-                raise ValueError(
-                    f"{count} rows are needed, {len(free)} of {self.cache.config.num_rows} are free; "
-                    f"finish other requests first, or give compile a larger max_concurrency"
-                )
-            self._taken_rows.update(free[:count])
-            return free[:count]
+            try:
+                self.settle()
+                while True:
+                    free = self._free_rows()[: count - len(taken)]  # before the next step gives them to who waits
+                    self._taken_rows.update(free)
+                    taken += free
+                    if len(taken) == count:
+                        self.settle()
+                        return taken
+                    self.step()
+            except BaseException:
+                self._taken_rows.difference_update(taken)
+                raise
 
     def return_rows(self, rows: list[int]) -> None:
         """Release rows that ``take_rows`` gave."""

@@ -248,7 +248,10 @@ class CompiledModel:
         return self.score_batch([token_ids], [prompt_len])[0]
 
     def score_batch(self, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int]) -> list[torch.Tensor]:
-        """``score`` of several sequences, run together; at most ``max_concurrency`` of them."""
+        """``score`` of several sequences, run together; at most ``max_concurrency`` of them.
+
+        Requests that hold the rows for it are carried on to their ends first.
+        """
         engine = self._open_engine()
         if not isinstance(token_ids, (list, tuple)) or not isinstance(prompt_lens, (list, tuple)):
             raise ValueError("score_batch takes a list of sequences and a list of prompt lengths")
