@@ -224,7 +224,10 @@ def _norm_kernel(
     HAS_POWER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """out * power = x / sqrt(mean(x^2) + eps) * norm, a program for each row, none of whose numbers is above one."""
+    """out = x / sqrt(mean(x^2) + eps) * norm / power, a program for each row.
+
+    power is 1, or with HAS_POWER a power of two after which none of the row's numbers is above one.
+    """
     if DEPENDENT:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
