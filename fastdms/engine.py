@@ -94,7 +94,7 @@ class Engine:
     def take_rows(self, count: int) -> list[int]:
         """Rows for direct use of the runner, until ``return_rows``; others are carried on until as many are free.
 
-        ValueError if there are not so many.
+        ValueError if there are not so many, or those missing were taken like this before.
         """
         num_rows = self.cache.config.num_rows
         if count > num_rows:
@@ -104,14 +104,18 @@ class Engine:
         taken: list[int] = []
         with self.alone():
             try:
-                self.settle()
                 while True:
-                    free = self._free_rows()[: count - len(taken)]  # before the next step gives them to who waits
-                    self._taken_rows.update(free)
+                    self._forget_cancelled()
+                    if self._waiting:
+                        self.settle()  # else the next step ends requests and gives their rows to who waits
+                    free = self._free_rows()[: count - len(taken)]
                     taken += free
+                    self._taken_rows.update(free)
                     if len(taken) == count:
                         self.settle()
                         return taken
+                    if not self._running:
+                        raise ValueError(f"{count} rows are needed, and the others are taken and were not returned")
                     self.step()
             except BaseException:
                 self._taken_rows.difference_update(taken)
@@ -120,8 +124,10 @@ class Engine:
     def return_rows(self, rows: list[int]) -> None:
         """Release rows that ``take_rows`` gave."""
         with self.alone():
-            self.runner.release(rows)
-            self._taken_rows.difference_update(rows)
+            try:
+                self.runner.release(rows)
+            finally:
+                self._taken_rows.difference_update(rows)
 
     def step(self) -> None:
         """Admit what fits, run a prefill chunk, or a few while nothing decodes, then a decode step of what is ready."""
@@ -138,7 +144,7 @@ class Engine:
             except BaseException:
                 self._flight = None
                 for request in list(self._running):
-                    self._leave(request)
+                    self._leave(request, broken_off=True)
                     if request.finished:
                         continue
                     request.usage = None  # half a step is in the spans
@@ -175,15 +181,18 @@ class Engine:
             return
         self._depth += 1
         try:
-            while self._cancelled:
-                request = self._cancelled[0]
-                if request in self._waiting:
-                    self._waiting.remove(request)
-                elif request in self._running:
-                    self._leave(request)
-                self._cancelled.remove(request)  # not before: it may be broken off
+            self._forget_cancelled()
         finally:
             self._depth -= 1
+
+    def _forget_cancelled(self) -> None:
+        while self._cancelled:
+            request = self._cancelled[0]
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif request in self._running:
+                self._leave(request)
+            self._cancelled.remove(request)  # not before: it may be broken off
 
     def _free_rows(self) -> list[int]:
         used = self._taken_rows | {request.row for request in self._running}
@@ -326,14 +335,16 @@ class Engine:
                 f"{self.cache.config.num_pages} pages ({self.cache.geometry.bytes_pool:,} bytes); give more kv_memory"
             )
 
-    def _leave(self, request: Request, lost_tokens: int = 0) -> None:
-        """``lost_tokens``: of a step that found no page; the spans that had room for them hold them all the same."""
+    def _leave(self, request: Request, lost_tokens: int = 0, broken_off: bool = False) -> None:
+        """``lost_tokens``: of a step that found no page; the spans that had room for them hold them all the same.
+        ``broken_off``: in the middle of a step."""
         row = _row(request)
         if self._flight is not None and request in self._flight[0]:
             self._flight[0][self._flight[0].index(request)] = None
             lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
-        self._learn(request)
+        if not broken_off and lost_tokens <= self._prefill_chunk:  # of several chunks some may have been stored
+            self._learn(request)
         self.runner.release([row])
         self._running.remove(request)
         request.row, request.computed = None, 0

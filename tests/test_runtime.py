@@ -116,27 +116,6 @@ def test_bad_input_is_refused_before_anything_runs(model: fastdms.CompiledModel)
     assert one(model([5, 6, 7], GREEDY)).token_ids == before
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_scoring_waits_for_rows(weights, count: int) -> None:
-    """Streams that hold them are carried on to their ends, those that wait for one not let in before."""
-    prompts = [tiny_tokens(length, seed=length) for length in (3, 50, 90, 120, 7, 20)]
-    with compiled(weights, dms=MASKED) as model:
-        expected = [one(model(prompt, GREEDY)).token_ids for prompt in prompts]
-        alone = model.score_batch(prompts[:count], [2] * count)
-        streams = [model.stream(prompt, GREEDY) for prompt in prompts]
-        pieces = [[next(stream)] for stream in streams[:4]]
-        scored = model.score_batch(prompts[:count], [2] * count)
-        for logits, others in zip(scored, alone, strict=True):
-            assert_logits_close(logits, others)
-        pieces += [[], []]
-        tokens = [
-            [token for piece in [*before, *stream] for token in piece.token_ids]
-            for before, stream in zip(pieces, streams, strict=True)
-        ]
-        assert tokens == expected
-        check_idle(model)
-
-
 def test_open_streams_go_on_while_bad_requests_are_refused(weights) -> None:
     prompts = [tiny_tokens(length, seed=length) for length in (3, 50, 90, 120)]
     with compiled(weights, dms=MASKED, tokenizer=byte_level()) as model:
