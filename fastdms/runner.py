@@ -20,6 +20,7 @@ from fastdms.graphs import (
     decode_buckets,
     fingerprint,
     make_buffers,
+    ragged_chunk,
 )
 from fastdms.ops import dense_kernel, sample
 
@@ -141,28 +142,16 @@ class ModelRunner:
         A piece that is prefilled densely must be the only one, and its row's first must begin at 0.
         """
         first = pieces[0]
-        if not first.dense_tokens:
-            with inference(self.device):
-                logits = self.graphs.run_chunk([RowChunk(p.row, p.token_ids, p.start) for p in pieces])
+        rows = [RowChunk(piece.row, piece.token_ids, piece.start) for piece in pieces]
+        with inference(self.device):
+            logits = None if first.dense_tokens else self.graphs.run_chunk(rows)
             if logits is not None:
                 return logits
-        indptr = [0]
-        for piece in pieces:
-            indptr.append(indptr[-1] + len(piece.token_ids))
-        tokens = [token for piece in pieces for token in piece.token_ids]
-        positions = [piece.start + i for piece in pieces for i in range(len(piece.token_ids))]
-        chunk = Chunk(
-            tokens=self._tensor(tokens, torch.int64),
-            positions=self._tensor(positions, torch.int32),
-            rows=self._tensor([piece.row for piece in pieces], torch.int32),
-            chunk_indptr=self._tensor(indptr, torch.int32),
-            outputs=self._tensor([end - 1 for end in indptr[1:]], torch.int64),
-            history=self._history(first),
-            start=first.start,
-        )
+            placed = {name: tensor.to(self.device) for name, tensor in ragged_chunk(rows)._asdict().items()}
+        chunk = Chunk(**placed, history=self._history(first), start=first.start)
         with inference(self.device):
             logits = self.decoder.prefill(chunk, self.cache)
-        if indptr[1] + first.start >= first.dense_tokens:
+        if first.start + len(first.token_ids) >= first.dense_tokens:
             self._histories.pop(first.row, None)
         return logits
 
@@ -221,9 +210,6 @@ class ModelRunner:
         if piece.start == 0:
             self._histories[piece.row] = self.new_history(piece.dense_tokens)
         return self._histories[piece.row]
-
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
 
 
 def _fingerprint(decoder: Decoder, cache: CompactCache) -> str:

@@ -4,7 +4,7 @@ from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
 from fastdms.graphs.buffers import MAX_BANNED, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.cache import MODES, GraphCache, check_mode
-from fastdms.graphs.chunk_graphs import RowChunk
+from fastdms.graphs.chunk_graphs import RowChunk, ragged_chunk
 from fastdms.graphs.compiler import Step, StepOutput
 from fastdms.graphs.key import GraphKey, fingerprint
 
@@ -24,4 +24,5 @@ __all__ = [
     "decode_buckets",
     "fingerprint",
     "make_buffers",
+    "ragged_chunk",
 ]

@@ -11,7 +11,7 @@ import torch
 
 from fastdms.graphs.capture import Recorder, Recording
 
-__all__ = ["ChunkBuffers", "ChunkGraphs", "Prefill", "RowChunk", "chunk_sizes"]
+__all__ = ["ChunkBuffers", "ChunkGraphs", "Prefill", "RowChunk", "chunk_sizes", "ragged_chunk"]
 
 _LEAST_TOKENS, _MOST_TOKENS = 64, 4096  # a longer chunk takes the device longer than the host
 _MOST_ROWS = 8  # of one chunk; each costs a little whether it has tokens or not
@@ -48,6 +48,33 @@ def chunk_sizes(most: int) -> tuple[int, ...]:
     while sizes[-1] // 2 >= _LEAST_TOKENS:
         sizes.append(sizes[-1] // 2)
     return tuple(reversed(sizes))
+
+
+def ragged_chunk(
+    chunks: Sequence[RowChunk], num_tokens: int | None = None, num_rows: int | None = None
+) -> ChunkBuffers:
+    """What a chunk's tensors hold, on the CPU; padded to ``num_tokens`` and ``num_rows``, where they are given."""
+    indptr = [0]
+    for chunk in chunks:
+        indptr.append(indptr[-1] + len(chunk.token_ids))
+    size = indptr[-1] if num_tokens is None else num_tokens
+    without = 0 if num_rows is None else num_rows - len(chunks)
+    tokens = torch.zeros(size, dtype=torch.int64, device="cpu")
+    positions = torch.full((size,), -1, dtype=torch.int32, device="cpu")
+    for chunk, begin, end in zip(chunks, indptr, indptr[1:], strict=False):
+        tokens[begin:end] = torch.from_numpy(np.asarray(chunk.token_ids, dtype=np.int64))
+        positions[begin:end] = torch.arange(chunk.start, chunk.start + end - begin, dtype=torch.int32, device="cpu")
+
+    def tensor(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device="cpu")
+
+    return ChunkBuffers(
+        tokens=tokens,
+        positions=positions,
+        rows=tensor([chunk.row for chunk in chunks] + [0] * without, torch.int32),
+        chunk_indptr=tensor(indptr + indptr[-1:] * without, torch.int32),
+        outputs=tensor([end - 1 for end in indptr[1:]] + [0] * without, torch.int64),
+    )
 
 
 class ChunkGraphs:
@@ -87,7 +114,8 @@ class ChunkGraphs:
         size = next((size for size in self._runs if num_tokens <= size), None)
         if size is None or len(chunks) > self._num_rows:
             return None
-        self._fill(chunks, size)
+        for buffer, tensor in zip(self.buffers, ragged_chunk(chunks, size, self._num_rows), strict=True):
+            buffer[: len(tensor)].copy_(tensor, non_blocking=True)
         self._recordings[size].replay()
         self._runs[size] += 1
         return self._recordings[size].outputs[0][: len(chunks)].clone()
@@ -110,26 +138,6 @@ class ChunkGraphs:
             if not _is_out_of_memory(error):
                 raise
         return None
-
-    def _fill(self, chunks: Sequence[RowChunk], size: int) -> None:
-        tokens = torch.zeros(size, dtype=torch.int64, device="cpu")
-        positions = torch.full((size,), -1, dtype=torch.int32, device="cpu")
-        indptr = [0]
-        for _, token_ids, start in chunks:
-            own = slice(indptr[-1], indptr[-1] + len(token_ids))
-            tokens[own] = torch.from_numpy(np.asarray(token_ids, dtype=np.int64))
-            positions[own] = torch.arange(start, start + len(token_ids), dtype=torch.int32, device="cpu")
-            indptr.append(own.stop)
-        without = self._num_rows - len(chunks)
-        columns = (
-            [chunk.row for chunk in chunks] + [0] * without,
-            indptr + indptr[-1:] * without,
-            [end - 1 for end in indptr[1:]] + [0] * without,
-        )
-        self.buffers.tokens[:size].copy_(tokens, non_blocking=True)
-        self.buffers.positions[:size].copy_(positions, non_blocking=True)
-        for buffer, column in zip(self.buffers[2:], columns, strict=True):
-            buffer.copy_(torch.tensor(column, dtype=buffer.dtype, device="cpu"), non_blocking=True)
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

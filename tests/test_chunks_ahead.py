@@ -11,7 +11,7 @@ from fastdms.engine import Engine
 from fastdms.request import Request
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_model, tiny_tokens
-from tests.running import check_idle, compiled, drain, engine_of, one, submit
+from tests.running import check_idle, compiled, drain, engine_of, lone_runs, one, submit
 
 MASKED = dms_config("nvidia", 7)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -23,14 +23,8 @@ def weights() -> PreTrainedModel:
     return tiny_model("qwen3")
 
 
-@pytest.fixture(scope="module")
-def alone(weights: PreTrainedModel) -> list[list[int]]:
-    with compiled(weights, dms=MASKED, max_concurrency=1, max_context=512) as model:
-        return [one(model(prompt, GREEDY)).token_ids for prompt in PROMPTS]
-
-
 @pytest.mark.parametrize("ahead", [False, True])
-def test_several_at_a_time_while_nothing_decodes(weights: PreTrainedModel, alone: list[list[int]], ahead: bool) -> None:
+def test_several_at_a_time_while_nothing_decodes(weights: PreTrainedModel, ahead: bool) -> None:
     with compiled(weights, dms=MASKED, max_concurrency=2, max_context=512, prefill_chunk=16) as model:
         engine = engine_of(model)
         engine._run_ahead = ahead
@@ -49,7 +43,8 @@ def test_several_at_a_time_while_nothing_decodes(weights: PreTrainedModel, alone
         assert long.computed - before == (64 if ahead else 16)
         drain(model, [long])
         check_idle(model)
-    assert [long.output_ids, short.output_ids] == alone
+    alone = lone_runs(weights, {"masked": MASKED})
+    assert [long.output_ids, short.output_ids] == alone("masked", PROMPTS, GREEDY)
 
 
 @pytest.mark.parametrize("ahead", [False, True])

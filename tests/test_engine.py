@@ -56,8 +56,8 @@ def alone(weights: PreTrainedModel) -> Alone:
 def test_the_tokens_vary(alone: Alone) -> None:
     """Else a mistake would not show in them."""
     for params in (GREEDY, SEEDED):
-        masked, dense, off = (alone(rule, PROMPTS, params) for rule in RULES)
-        assert all(len(set(ids)) > 6 for ids in (*masked, *dense, *off))
+        masked, dense, off = (alone(rule, PROMPTS, replace(params, max_tokens=16)) for rule in RULES)
+        assert all(len(set(ids)) > 8 for ids in (*masked, *dense, *off))
         assert masked != dense != off
 
 
