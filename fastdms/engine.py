@@ -15,7 +15,7 @@ from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunne
 
 __all__ = ["Engine"]
 
-_CHUNKS_AHEAD = 4  # that are prefilled before the host looks at the first
+_CHUNKS_AHEAD = 4  # that are prefilled before the host looks at the first, and before the next decode step
 
 
 class Engine:
@@ -130,7 +130,7 @@ class Engine:
                 self._taken_rows.difference_update(rows)
 
     def step(self) -> None:
-        """Admit what fits, run a prefill chunk, or a few while nothing decodes, then a decode step of what is ready."""
+        """Admit what fits, run a prefill chunk, or a few when running ahead, then a decode step of what is ready."""
         self._carefully(self._step)
 
     def settle(self) -> None:
@@ -246,8 +246,8 @@ class Engine:
     def _prefill(self, requests: Sequence[Request]) -> None:
         before = [request.computed for request in requests]
         alone, failure = len(self._running) == 1, ""
-        # The host reads whether rows found their pages; while nothing decodes, that can wait for some chunks.
-        for _ in range(_CHUNKS_AHEAD if self._run_ahead and len(requests) == len(self._running) else 1):
+        # The host reads whether rows found their pages, which can wait for some chunks.
+        for _ in range(_CHUNKS_AHEAD if self._run_ahead else 1):
             pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
             try:
                 logits = self.runner.prefill(pieces)

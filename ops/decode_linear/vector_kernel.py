@@ -39,20 +39,26 @@ cvt.f32.f16 $3, b;
 
 
 class Tile(NamedTuple):
-    """Output channels of a program (twice as many rows of weights with swiglu), and its warps."""
+    """Output channels of a program (twice as many rows of weights with swiglu), its warps, and how many loads of four
+    words from each row a thread has under way."""
 
     channels: int
     warps: int
+    loads: int = 1
 
 
-def tile(n: int, element_bytes: int) -> Tile:
-    """The cut for ``n`` output channels of weights of ``element_bytes`` that measured best (``docs/lab-notes.md``).
-
-    Where there are few channels, more warps share a row of weights.
-    """
+def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
+    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each, that measured best
+    (``docs/lab-notes.md``): where a row of weights is long or channels are few, more warps share a row."""
+    if swiglu:
+        return Tile(channels=4, warps=2) if element_bytes == 1 else Tile(channels=2, warps=2, loads=4)
     if n >= 2**13:
-        return Tile(channels=4, warps=1)
-    return Tile(channels=4 if element_bytes == 1 else 2, warps=4)
+        return Tile(channels=4, warps=1) if element_bytes == 1 else Tile(channels=4, warps=1, loads=2)
+    if k >= 2**13:
+        return Tile(channels=2 if element_bytes == 1 else 1, warps=4, loads=2)
+    if element_bytes == 1:
+        return Tile(channels=4, warps=4)
+    return Tile(channels=2, warps=4, loads=2 if n <= 2**11 else 1)
 
 
 @triton.jit
@@ -224,8 +230,8 @@ def decode_vector(
 ) -> None:
     """decode_linear of one row, into ``out``; x, weight and norm must be what ``fits``."""
     n, k = out.shape[1], x.shape[1]
-    cut = tile(n, weight.element_size())
-    words, block = k * weight.element_size() // 4, 128 * cut.warps
+    cut = tile(n, k, weight.element_size(), swiglu)
+    words, block = k * weight.element_size() // 4, 128 * cut.warps * cut.loads
     _decode_vector_kernel[(triton.cdiv(n, cut.channels),)](
         _words(x), _words(weight), scale, bias, None if norm is None else _words(norm), residual, out, n, k, words,
         norm_eps, BLOCK_N=cut.channels, BLOCK_W=block, PIECES=x.element_size() // weight.element_size(),

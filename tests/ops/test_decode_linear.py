@@ -129,10 +129,10 @@ def test_any_tile(cut: Tile, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.wide(7)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), _DTYPES)
-@pytest.mark.parametrize("cut", [(1, 1), (4, 1), (8, 2), (2, 4), (4, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("cut", [(1, 1), (4, 1), (8, 2), (2, 4), (4, 4), (4, 8), (1, 4, 2), (2, 2, 4)], ids=str)
 @pytest.mark.parametrize("k", [96, 2048, 4128])
 def test_any_tile_of_one_row(
-    k: int, cut: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    k: int, cut: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of weights that end inside a tile, with it, and after several."""
     monkeypatch.setattr(vector_kernel, "tile", lambda *_: vector_kernel.Tile(*cut))

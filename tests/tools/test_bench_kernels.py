@@ -28,6 +28,7 @@ from tests.ops.harness import DEVICE, on, read_span
 from tests.tolerance import rounding_band
 
 CPU = torch.device("cpu")
+LAST_OF = {"decode_layer": "decode_attention"}  # that of its ops whose result is looked at
 SPEC = Spec(
     op="decode_attention", head_dim=16, kv_heads=2, group=3, kv_dtype="fp8", page_size=4, window_tokens=7, rows=3,
     live=30, length=50, kept=0.4,
@@ -145,6 +146,9 @@ def test_append_and_release_count_their_bytes() -> None:
     case = build(replace(SPEC, op="decode_append", kv_dtype="bf16"), CPU, num_sets=1)
     q, kv, stored = 3 * 6 * 16 * 2, 2 * 3 * 2 * 16 * 2, 6 * 2 * 16 * 2
     assert case.num_bytes == 2 * q + kv + stored + 6 * (8 + 8 + 4) + 3 * 2 * 8 * 4
+    layer = build(replace(SPEC, op="decode_layer", kv_dtype="bf16"), CPU, num_sets=1)
+    attention = build(replace(SPEC, op="decode_attention", kv_dtype="bf16"), CPU, num_sets=1)
+    assert layer.num_bytes == case.num_bytes + attention.num_bytes
     case = build(replace(SPEC, op="release"), CPU)
     assert case.num_bytes == 8 * (16 * 6 * 8 + 16 * 6 + 3), "30 tokens lie in 8 pages, in each of 16 layers"
 
@@ -194,7 +198,7 @@ def test_pairs_of_a_chunk_add_up_to_those_of_the_prompt() -> None:
     assert last.flops == 4 * 16 * 3 * sum(map(int, pairs))
 
 
-@pytest.mark.parametrize("op", ["decode_append", "prefill_append", "release"])
+@pytest.mark.parametrize("op", ["decode_append", "decode_layer", "prefill_append", "release"])
 def test_a_launch_can_be_repeated_after_a_restore(op: str) -> None:
     case = build(replace(SPEC, op=op, kept=1.0), CPU, num_sets=1)
     assert case.cache is not None
@@ -225,7 +229,8 @@ def test_a_kernel_that_is_wrong_is_not_timed(
     op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_op(replace(SPEC, op=op), CPU)
-    right, calls = getattr(ops, op), []
+    last = LAST_OF.get(op, op)
+    right, calls = getattr(ops, last), []
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         """The first call is the kernel's, the second one the reference's."""
@@ -239,7 +244,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(
         out = right(*args, **kwargs)
         return out if out is None else out * 1.05
 
-    monkeypatch.setattr(ops, op, wrong)
+    monkeypatch.setattr(ops, last, wrong)
     assert main(["bench", *SMALL, "--ops", op]) == 2
     printed = capsys.readouterr()
     assert not printed.out, "nothing was timed"
@@ -251,7 +256,8 @@ def test_a_kernel_that_is_wrong_is_not_timed(
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernels_themselves_pass_the_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, which Triton's interpreter computes rightly."""
-    right, backends = getattr(ops, op), iter(("kernel", "reference"))
+    last = LAST_OF.get(op, op)
+    right, backends = getattr(ops, last), iter(("kernel", "reference"))
 
     def either(*args: Any, **kwargs: Any) -> Any:
         with on(next(backends)):
@@ -259,7 +265,7 @@ def test_the_kernels_themselves_pass_the_check(op: str, monkeypatch: pytest.Monk
 
     for module in (cases, linears, prompts, spec):
         monkeypatch.setattr(module, "DTYPE", torch.float32)
-    monkeypatch.setattr(ops, op, either)
+    monkeypatch.setattr(ops, last, either)
     check_op(replace(SPEC, op=op, kv_dtype="fp32", page_size=16), DEVICE)
     assert not list(backends), "both have run"
 
@@ -299,7 +305,7 @@ def test_every_op_is_a_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert [json.loads(line) for line in printed.splitlines()] == rows
     assert len(table.splitlines()) == 1 + len(rows)
     assert {row["op"] for row in rows} == set(OPS)
-    assert len(rows) == 2 * 3 + 2 * 2 + 1 + 2 + 2 + 3 + 1 + 1
+    assert len(rows) == 2 * 3 + 2 * 2 + 1 + 2 + 2 * 3 + 2 + 3 + 1 + 1
     for row, line in zip(rows, table.splitlines()[1:], strict=True):
         assert line.startswith(row["op"])
         assert row["us"]["p20"] <= row["us"]["p50"] <= row["us"]["p80"]
@@ -339,6 +345,7 @@ def test_each_op_varies_only_what_it_depends_on() -> None:
         "decode_attention": 2 * 2 * 2 * 2 * 3,
         "prefill_attention": 2 * 3 * 2,
         "decode_append": 2 * 2 * 2 * 2,
+        "decode_layer": 2 * 2 * 2 * 2 * 3 * 2,
         "decode_linear": 10 * 2 * 2,
         "prefill_append": 2 * 2 * 3 * 2,
         "release": 2 * 2 * 3,

@@ -31,7 +31,10 @@ def build(spec: Spec, device: torch.device, *, num_sets: int | None = None, seed
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=DTYPE)
 
-    builders = {"decode_attention": _decode_attention, "decode_append": _decode_append, "release": _release}
+    builders = {
+        "decode_attention": _decode_attention, "decode_append": _decode_append, "decode_layer": _decode_layer,
+        "release": _release,
+    }  # fmt: skip
     if spec.op in builders:
         return builders[spec.op](spec, device, num_sets, normal, seed)
     if spec.op == "decode_linear":
@@ -40,7 +43,11 @@ def build(spec: Spec, device: torch.device, *, num_sets: int | None = None, seed
 
 
 def launch(spec: Spec, tensors: dict[str, torch.Tensor], cache: CompactCache | None, index: int) -> Any:
-    """Run the op once, on input set ``tensors`` and the cache's layer ``index``."""
+    """Run the op once, on input set ``tensors`` and the cache's layer ``index``; of decode_layer both."""
+    if spec.op == "decode_layer":
+        q = launch(replace(spec, op="decode_append"), tensors, cache, index)
+        batch = {name: tensors[name] for name in ("positions", "rows")}
+        return launch(replace(spec, op="decode_attention"), {"q": q, **batch}, cache, index)
     op = getattr(ops, spec.op)
     if spec.op == "release":
         assert cache is not None
@@ -93,11 +100,8 @@ def _cache(spec: Spec, lengths: torch.Tensor, device: torch.device, seed: int) -
 
 def _decode_attention(spec: Spec, device: torch.device, num_sets: int | None, normal: Normal, seed: int) -> Case:
     spec = replace(spec, window_tokens=0)  # the op reads no ring, and short spans needn't fill a window
-    one = _lengths(spec, 1, 1, seed)
     heads = spec.kv_heads * spec.group
-    pages = int((-(-one // spec.page_size)).sum())
-    num_bytes = int(one.sum()) * spec.stored_bytes + 4 * (pages + one.numel())
-    num_bytes += 2 * spec.rows * heads * spec.head_dim * DTYPE.itemsize
+    num_bytes = _attended_bytes(spec, _lengths(spec, 1, 1, seed))
     layers = num_sets or cold_sets(num_bytes, device)
     lengths = _lengths(spec, layers, 1, seed)
     cache, positions = _cache(spec, lengths, device, seed)
@@ -107,15 +111,39 @@ def _decode_attention(spec: Spec, device: torch.device, num_sets: int | None, no
 
 
 def _decode_append(spec: Spec, device: torch.device, num_sets: int | None, normal: Normal, seed: int) -> Case:
-    spans, heads = spec.rows * spec.kv_heads, spec.kv_heads * spec.group
-    num_bytes = DTYPE.itemsize * spec.rows * spec.head_dim * 2 * (heads + spec.kv_heads)  # q twice, k, v
-    # Stored token, ring entry and length both read and written, page; RoPE's cos and sin for each row.
-    num_bytes += spans * (spec.stored_bytes + 8 + 8 + 4) + spec.rows * 4 * spec.head_dim
+    num_bytes = _appended_bytes(spec)
     layers = num_sets or cold_sets(num_bytes, device)
     # The cost hangs on no length: the window, and some more, so that tokens fall anywhere in a page.
     generator = torch.Generator().manual_seed(seed)
     shape = (layers, spec.rows, spec.kv_heads)
     lengths = spec.window_tokens + 1 + torch.randint(0, 2 * spec.page_size, shape, generator=generator)
+    return _append_case(spec, lengths, num_bytes, device, normal, seed)
+
+
+def _decode_layer(spec: Spec, device: torch.device, num_sets: int | None, normal: Normal, seed: int) -> Case:
+    least = spec.window_tokens + 1
+    num_bytes = _appended_bytes(spec) + _attended_bytes(spec, _lengths(spec, 1, least, seed))
+    lengths = _lengths(spec, num_sets or cold_sets(num_bytes, device), least, seed)
+    return _append_case(spec, lengths, num_bytes, device, normal, seed)
+
+
+def _attended_bytes(spec: Spec, lengths: torch.Tensor) -> int:
+    """Live tokens, their pages' numbers and lengths, queries and outputs."""
+    pages = int((-(-lengths // spec.page_size)).sum())
+    num_bytes = int(lengths.sum()) * spec.stored_bytes + 4 * (pages + lengths.numel())
+    return num_bytes + 2 * spec.rows * spec.kv_heads * spec.group * spec.head_dim * DTYPE.itemsize
+
+
+def _appended_bytes(spec: Spec) -> int:
+    """q twice, k, v; stored token; ring entry and length, read and written; page; RoPE's cos and sin of each row."""
+    num_bytes = DTYPE.itemsize * spec.rows * spec.head_dim * 2 * spec.kv_heads * (spec.group + 1)
+    return num_bytes + spec.rows * spec.kv_heads * (spec.stored_bytes + 8 + 8 + 4) + spec.rows * 4 * spec.head_dim
+
+
+def _append_case(
+    spec: Spec, lengths: torch.Tensor, num_bytes: int, device: torch.device, normal: Normal, seed: int
+) -> Case:
+    layers, heads = lengths.shape[0], spec.kv_heads * spec.group
     cache, positions = _cache(spec, lengths, device, seed)
     angles = torch.arange(int(positions.max()) + 1, device=device)[:, None] / 10000 ** torch.linspace(
         0, 1, spec.head_dim // 2, device=device

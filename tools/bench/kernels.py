@@ -35,6 +35,7 @@ _DEPENDS_ON = {
     "decode_attention": ("head_dim", "kv_dtype", "rows", "live", "spans"),
     "decode_linear": ("linear", "weights", "rows"),
     "decode_append": ("head_dim", "kv_dtype", "rows", "kept"),
+    "decode_layer": ("head_dim", "kv_dtype", "rows", "live", "spans", "kept"),  # append, then attention
     "release": ("rows", "live", "spans"),
     "prefill_attention": ("head_dim", "kv_dtype", "length", "chunk", "kept"),
     "prefill_append": ("head_dim", "kv_dtype", "length", "chunk", "kept"),

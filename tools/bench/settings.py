@@ -24,6 +24,7 @@ OPS = (
     "decode_linear",
     "prefill_attention",
     "decode_append",
+    "decode_layer",
     "prefill_append",
     "release",
     "dense_attention",
