@@ -123,6 +123,15 @@ def _attend_rows(
         D=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_W=min(32, block_w),
         HAS_SCALES=k_scales.numel() > 0, **shared, **sizes,
     )  # fmt: skip
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] == 9:
+        from fastdms.ops.prefill_attention import hopper_kernel  # Gluon only where it is used
+
+        if hopper_kernel.is_supported(q, k, v):
+            hopper_kernel.attend(
+                q, k, v, chunk_indptr, plan, lists, kept_before, until, packed_k, packed_v, out, num_chunks,
+                sm_scale * LOG2_E, **shared,
+            )  # fmt: skip
+            return
     tile = attend_tile(group, head_dim, packed_k.dtype)
     block_m = tile.rows // group
     tma = tile.tma and head_dim * packed_k.element_size() % 16 == 0

@@ -65,6 +65,43 @@ def test_long_history_and_window(dtype: torch.dtype) -> None:
             pair.prefill([(0, tokens)])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 100, 256])
+@pytest.mark.parametrize("heads", [(2, 1, 64), (1, 3, 128), (1, 4, 64), (1, 5, 64), (1, 8, 128)], ids=str)
+def test_long_ragged_chunks(window: int, heads: tuple[int, int, int]) -> None:
+    """Kept keys, late ones and the window, each of several tiles that Hopper's kernel takes, or of a part of one."""
+    options = {"page_size": 64, "num_pages": 128, "max_tokens": 1100, "dtype": torch.bfloat16}
+    with Pair(window=window, heads=heads, rows=3, **options) as pair:
+        pair.prefill([(0, 257), (1, 127)])
+        pair.prefill([(1, 513), (0, 300), (2, 1)], padding=5)
+        pair.prefill([(2, 640), (0, 1), (1, 128)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_neighbours_nan_stays_there(head_dim: int) -> None:
+    """Another row's tokens follow a chunk's own within a tile, in the chunk and among the packed keys."""
+    rig = Rig("kernel", heads=(2, 4, head_dim), rows=2, dtype=torch.bfloat16, window=30, max_tokens=400)
+    rig.prefill([(0, 150), (1, 40)])
+    q, k, v = (torch.randn(350, heads, head_dim, device=rig.device, dtype=rig.dtype) for heads in (8, 2, 2))
+    decisions = torch.rand(350, 2, device=rig.device) < 0.5
+
+    def attend() -> torch.Tensor:
+        def ints(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=rig.device)
+
+        with on(rig.backend):
+            return prefill_attention(
+                q, k, v, decisions, rig.layer, positions=ints(*range(150, 350), *range(40, 190)), rows=ints(0, 1),
+                chunk_indptr=ints(0, 200, 350), shift=0, sm_scale=0.1,
+            )  # fmt: skip
+
+    finite = attend()
+    k[200:], v[200:] = torch.nan, torch.nan
+    assert finite.isfinite().all()
+    assert torch.equal(attend()[:200], finite[:200])
+
+
 def test_every_flag_is_seen_at_every_distance() -> None:
     """One flagged key at a time; each query's output tells whether it saw it."""
     window, tokens = 3, 12

@@ -1,0 +1,345 @@
+"""The flash loop of prefill_attention on Hopper, in Gluon: keys come by TMA, and products run beside the softmax."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_FOREVER = gl.constexpr(2**31 - 1)  # later than any query
+_REGISTERS = 65536  # of a multiprocessor
+# Triton 3.6 has these by other names.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _find_chunk(block, chunk_indptr_ptr, num_chunks, B: gl.constexpr, BLOCK_M: gl.constexpr, FLAT: gl.constexpr):
+    """``find_chunk`` of triton_common."""
+    o_b = gl.arange(0, B, FLAT)
+    m_b = o_b < num_chunks
+    begins = gl.load(chunk_indptr_ptr + o_b, mask=m_b, other=0)
+    ends = gl.load(chunk_indptr_ptr + o_b + 1, mask=m_b, other=0)
+    blocks = (ends - begins + BLOCK_M - 1) // BLOCK_M
+    cumulative = gl.associative_scan(blocks, 0, _add)
+    chunk = gl.sum((m_b & (cumulative <= block)).to(gl.int32), 0)
+    own = o_b == chunk
+    before = gl.sum(gl.where(own, cumulative - blocks, 0), 0)
+    return chunk, block - before, gl.sum(gl.where(own, begins, 0), 0), gl.sum(gl.where(own, ends, 0), 0)
+
+
+@gluon.jit
+def _fetch(tile, ends, first_rows, descs, ring, STAGES: gl.constexpr):
+    """Start the copies of a tile's keys and values into the ring, where the tile STAGES before was."""
+    packed, late, total = ends
+    base, late_row, band_row, column = first_rows
+    packed_k_desc, packed_v_desc, k_desc, v_desc = descs
+    k_ring, v_ring, k_here, v_here = ring
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
+    NUM_BYTES: gl.constexpr = BLOCK_N * k_desc.block_type.shape[1] * 2
+    stage = tile % STAGES
+    mbarrier.expect(k_here.index(stage), NUM_BYTES, pred=tile < total)
+    mbarrier.expect(v_here.index(stage), NUM_BYTES, pred=tile < total)
+    _barrier()  # no warp reads the old tile any more
+    if tile < late:
+        row = gl.where(tile < packed, base + tile * BLOCK_N, late_row + (tile - packed) * BLOCK_N)
+        _load_tile(packed_k_desc, [row, 0], k_here.index(stage), k_ring.index(stage))
+        _load_tile(packed_v_desc, [row, 0], v_here.index(stage), v_ring.index(stage))
+    elif tile < total:
+        row = band_row + (tile - late) * BLOCK_N
+        _load_tile(k_desc, [row, column], k_here.index(stage), k_ring.index(stage))
+        _load_tile(v_desc, [row, column], v_here.index(stage), v_ring.index(stage))
+
+
+@gluon.jit
+def _wait(tile, total, here, STAGES: gl.constexpr):
+    """Until a tile's keys, or its values, are there; not if it is past the last one."""
+    mbarrier.wait(here.index(tile % STAGES), (tile // STAGES) & 1, pred=tile < total)
+
+
+@gluon.jit
+def _scores(tile, b_q, ring, X: gl.constexpr, STAGES: gl.constexpr):
+    """Start q k^T of a tile; past the last one, of keys that nobody asks for."""
+    b_k = ring[0].index(tile % STAGES)
+    nothing = gl.full([b_q.shape[0], b_k.shape[0]], 0.0, gl.float32, X)
+    return warpgroup_mma(b_q, b_k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _softmax(b_x, b_max, b_sum, scale_log2):
+    """Weights of the scores ``[R, N]``, the new maximum and sum, and what the old ones shrink by."""
+    b_new = gl.maximum(b_max, gl.max(b_x, 1) * scale_log2)
+    b_w = gl.exp2(b_x * scale_log2 - b_new[:, None])
+    b_old = gl.exp2(b_max - b_new)
+    return b_w, b_new, b_sum * b_old + gl.sum(b_w, 1), b_old
+
+
+@gluon.jit
+def _accumulate(tile, b_w, b_old, b_acc, ring, ACC: gl.constexpr, STAGES: gl.constexpr):
+    """Start acc * old + w v."""
+    b_v = ring[1].index(tile % STAGES)
+    b_acc = b_acc * gl.convert_layout(b_old, gl.SliceLayout(1, ACC))[:, None]
+    b_w = gl.convert_layout(b_w.to(b_v.dtype), gl.DotOperandLayout(0, ACC, 2))
+    return warpgroup_mma(b_w, b_v, b_acc, is_async=True)
+
+
+@gluon.jit
+def _load_until(o_n, is_late, num_late, stop, p_late, p_until):
+    """The last query that sees each key: late ones, or the chunk's own."""
+    return gl.load(gl.where(is_late, p_late, p_until) + o_n, mask=o_n < gl.where(is_late, num_late, stop), other=-1)
+
+
+@gluon.jit(do_not_specialize=["num_chunks", "tokens"])
+def _attend_hopper_kernel(
+    q_ptr,
+    chunk_indptr_ptr,
+    plan_ptr,
+    lists_ptr,
+    kept_before_ptr,
+    until_ptr,
+    packed_k_desc,
+    packed_v_desc,
+    k_desc,
+    v_desc,
+    out_ptr,
+    stride_q_token,
+    stride_q_head,
+    num_chunks,
+    tokens,
+    scale_log2,
+    B: gl.constexpr,
+    HKV: gl.constexpr,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    WINDOW: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    PAIRS: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """``_attend_kernel`` of attend_kernel: the same tiles in the same order.
+
+    Nothing waits for a product before it must: while a tile's weights are computed, the tensor cores have the values
+    of the tile before, and with PAIRS also the keys of the next; two at a time, since each has scores of its own then.
+    """
+    gl.static_assert((4 if PAIRS else 3) <= STAGES)  # what is waited for has been fetched
+    DTYPE: gl.constexpr = packed_k_desc.dtype
+    SHARED: gl.constexpr = packed_k_desc.layout
+    X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, X)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, X)
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [num_warps, 1], [1, 0])
+
+    i_h = gl.program_id(1)
+    pid = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest first
+    i_b, block, begin, end = _find_chunk(pid, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
+    if i_b == num_chunks:  # the tokens after the last row's: padding
+        begin = gl.load(chunk_indptr_ptr + num_chunks)
+        end = tokens
+    first_query = block * BLOCK_M  # counted from the chunk's beginning, like all queries and keys below
+    o_r = gl.arange(0, BLOCK_R, gl.SliceLayout(1, WIDE))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))[None, :]
+    token = (begin + first_query + o_r // G).to(gl.int64)
+    m_q = ((o_r < BLOCK_M * G) & (token < end))[:, None]
+    head = i_h * G + o_r % G
+    p_out = out_ptr + (token * HKV * G + head)[:, None] * D + o_d
+    if i_b == num_chunks:
+        gl.store(p_out, gl.zeros([BLOCK_R, D], DTYPE, WIDE), mask=m_q)
+    else:
+        plan = plan_ptr + (i_b * HKV + i_h) * 4
+        base = gl.load(plan)
+        num_old = gl.load(plan + 1)
+        num_late = gl.load(plan + 2)
+        band = gl.maximum(first_query - WINDOW, 0)
+        num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + begin + band)
+
+        # Where each kind of tiles ends: whole packed ones, their tail, late ones, and then those of the band: with keys
+        # that are out of some query's window, with keys that every query sees, with keys that come after some query.
+        stop = gl.minimum(first_query + BLOCK_M, end - begin)
+        whole = num_packed // BLOCK_N
+        packed = gl.cdiv(num_packed, BLOCK_N)
+        late = packed + gl.where(first_query < WINDOW, gl.cdiv(num_late, BLOCK_N), 0)
+        total = late + gl.cdiv(stop - band, BLOCK_N)
+        flagged = late + gl.cdiv(gl.maximum(first_query + BLOCK_M - 1 - WINDOW - band, 0), BLOCK_N)
+        flagged = gl.minimum(flagged, total)
+        clear = gl.maximum(late + (first_query + 1 - band) // BLOCK_N, flagged)
+        ends = (packed, late, total)
+        first_rows = (base, base + num_old + end - begin, begin + band, i_h * D)
+        descs = (packed_k_desc, packed_v_desc, k_desc, v_desc)
+
+        k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
+        v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
+        k_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        ring = (k_ring, v_ring, k_here, v_here)
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(k_here.index(stage), count=1)
+            mbarrier.init(v_here.index(stage), count=1)
+        fence_async_shared()
+        for tile in range(0, STAGES - 1):
+            _fetch(tile, ends, first_rows, descs, ring, STAGES)
+        p_q = q_ptr + (token * stride_q_token + head.to(gl.int64) * stride_q_head)[:, None] + o_d
+        b_q = gl.allocate_shared_memory(DTYPE, [BLOCK_R, D], SHARED)
+        b_q.store(gl.load(p_q, mask=m_q, other=0.0))
+        fence_async_shared()
+        _barrier()
+
+        b_max = gl.full([BLOCK_R], -1.0e30, gl.float32, ROWS)
+        b_sum = gl.full([BLOCK_R], 0.0, gl.float32, ROWS)
+        b_acc = gl.zeros([BLOCK_R, D], gl.float32, ACC)
+        _wait(0, total, k_here, STAGES)
+        b_x = warpgroup_mma_wait(0, [_scores(0, b_q, ring, X, STAGES)])
+
+        if PAIRS:
+            for pair in range(0, whole // 2):
+                tile = 2 * pair
+                _wait(tile + 1, total, k_here, STAGES)
+                _wait(tile, total, v_here, STAGES)
+                b_next = _scores(tile + 1, b_q, ring, X, STAGES)
+                b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+                b_next_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
+                b_x = warpgroup_mma_wait(1, [b_next])
+                _wait(tile + 2, total, k_here, STAGES)
+                _wait(tile + 1, total, v_here, STAGES)
+                b_next = _scores(tile + 2, b_q, ring, X, STAGES)
+                b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+                _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
+                b_acc = warpgroup_mma_wait(1, [b_next_acc])
+                b_next_acc = _accumulate(tile + 1, b_w, b_old, b_acc, ring, ACC, STAGES)
+                _fetch(tile + STAGES, ends, first_rows, descs, ring, STAGES)
+                b_x, b_acc = warpgroup_mma_wait(0, [b_next, b_next_acc])
+            b_acc = warpgroup_mma_init(b_acc)
+        else:
+            b_acc = warpgroup_mma_init(b_acc)
+            for tile in range(0, whole):
+                _wait(tile + 1, total, k_here, STAGES)
+                _wait(tile, total, v_here, STAGES)
+                b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+                b_acc = warpgroup_mma_wait(0, [b_acc])
+                b_next = _scores(tile + 1, b_q, ring, X, STAGES)
+                b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
+                _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
+                b_x = warpgroup_mma_wait(1, [b_next])
+
+        # Of tokens in the ring and of the chunk's own: the last query that sees them.
+        p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
+        p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
+        query = first_query + gl.arange(0, BLOCK_R, ROWS) // G
+        o_n = gl.arange(0, BLOCK_N, FLAT)
+        rest = whole // 2 * 2 if PAIRS else whole
+        for tile in range(rest, total):
+            _wait(tile + 1, total, k_here, STAGES)
+            _wait(tile, total, v_here, STAGES)
+            # The tile's first key, counted among those of its kind, and how many of them there are from it on.
+            first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
+            num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
+            if (tile < flagged) & (tile >= whole) | (tile >= clear):
+                # A key is visible if its row's number is no more than its column's: the query and the last one that
+                # sees the key, or, both negative, the query and the key.
+                o_k = first + gl.where(tile < late, 0, band) + o_n
+                if (tile >= packed) & (tile < flagged):
+                    b_column = _load_until(o_k, tile < late, num_late, stop, p_late, p_until)
+                else:
+                    b_column = gl.where(tile < packed, gl.where(o_n < num_keys, _FOREVER, -1), -o_k)
+                b_column = gl.convert_layout(b_column, COLUMNS)
+                b_row = gl.where(tile < flagged, query, -query)
+                b_x = gl.where(b_row[:, None] <= b_column[None, :], b_x, float("-inf"))
+                if WINDOW < BLOCK_M + BLOCK_N:  # keys out of some query's window may come after another
+                    b_from = gl.where(tile < late, -1, first + band) + gl.arange(0, BLOCK_N, COLUMNS)
+                    b_row = gl.where(tile < late, _FOREVER, query)
+                    b_x = gl.where(b_from[None, :] <= b_row[:, None], b_x, float("-inf"))
+            b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+            b_acc = warpgroup_mma_wait(0, [b_acc])
+            # Rows after these keys are someone else's or nobody's, and a weight of zero leaves a NaN.
+            if num_keys < BLOCK_N:
+                b_v = v_ring.index(tile % STAGES)
+                m_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, WIDE)) < num_keys
+                b_values = b_v.load(WIDE)
+                b_v.store(gl.where(m_n[:, None], b_values, gl.zeros_like(b_values)))
+                fence_async_shared()
+                _barrier()
+            b_next = _scores(tile + 1, b_q, ring, X, STAGES)
+            b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
+            _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
+            b_x = warpgroup_mma_wait(1, [b_next])
+        b_acc = warpgroup_mma_wait(0, [b_acc])
+        b_out = b_acc / gl.convert_layout(b_sum, gl.SliceLayout(1, ACC))[:, None]
+        b_q.store(b_out.to(DTYPE))
+        gl.store(p_out, b_q.load(WIDE), mask=m_q)
+
+
+class Tile(NamedTuple):
+    """rows: queries times grouped heads, 16 a warp; keys; stages: tiles in the ring; programs: on a multiprocessor at
+    once, which the registers are shared among; pairs: as the kernel says."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    stages: int
+    programs: int
+    pairs: bool
+
+
+def hopper_tile(head_dim: int) -> Tile:
+    return Tile(128, 128 if head_dim == 64 else 64, 8, 6, programs=1, pairs=True)
+
+
+def is_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether shapes and strides fit; k and v in the type of the product."""
+    head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
+    if k.dtype.itemsize != 2 or head_dim not in (64, 128) or group > hopper_tile(head_dim).rows:
+        return False
+    return all(_is_matrix(x) for x in (k, v))
+
+
+def _is_matrix(x: torch.Tensor) -> bool:
+    """Whether tokens are rows that TMA can read, of all heads."""
+    _, heads, head_dim = x.shape
+    is_row = x.stride(2) == 1 and (heads == 1 or x.stride(1) == head_dim) and x.stride(0) >= heads * head_dim
+    return is_row and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_indptr: torch.Tensor, plan: torch.Tensor,
+    lists: torch.Tensor, kept_before: torch.Tensor, until: torch.Tensor, packed_k: torch.Tensor,
+    packed_v: torch.Tensor, out: torch.Tensor, num_chunks: int, scale_log2: float, **shared: int,
+) -> None:  # fmt: skip
+    """What ``_attend_kernel`` does, of inputs that ``is_supported``; shared: B, HKV and WINDOW of it."""
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group, tile = num_heads // num_kv_heads, hopper_tile(head_dim)
+    block_m = tile.rows // group
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    shapes = (packed_k.shape, packed_v.shape, *[(tokens, num_kv_heads * head_dim)] * 2)
+    described = [
+        TensorDescriptor(x, list(shape), [x.stride(0), 1], [tile.keys, head_dim], layout)
+        for x, shape in zip((packed_k, packed_v, k, v), shapes, strict=True)
+    ]
+    _attend_hopper_kernel[(triton.cdiv(tokens, block_m) + num_chunks, num_kv_heads)](
+        q, chunk_indptr, plan, lists, kept_before, until, *described, out, *q.stride()[:2], num_chunks, tokens,
+        scale_log2, G=group, D=head_dim, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys, PAIRS=tile.pairs,
+        STAGES=tile.stages, num_warps=tile.num_warps, **shared,
+        maxnreg=min(255, _REGISTERS // (32 * tile.num_warps * tile.programs) // 8 * 8),
+    )  # fmt: skip
