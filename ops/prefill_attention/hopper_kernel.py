@@ -168,6 +168,8 @@ def _attend_hopper_kernel(
     if i_b == num_chunks:
         gl.store(p_out, gl.zeros([BLOCK_R, D], DTYPE, WIDE), mask=m_q)
     else:
+        p_q = q_ptr + (token * stride_q_token + head.to(gl.int64) * stride_q_head)[:, None] + o_d
+        b_queries = gl.load(p_q, mask=m_q, other=0.0)  # on their way while the plan is read
         plan = plan_ptr + (i_b * HKV + i_h) * 4
         base = gl.load(plan)
         num_old = gl.load(plan + 1)
@@ -200,9 +202,8 @@ def _attend_hopper_kernel(
         fence_async_shared()
         for tile in range(0, STAGES - 1):
             _fetch(tile, ends, first_rows, descs, ring, STAGES)
-        p_q = q_ptr + (token * stride_q_token + head.to(gl.int64) * stride_q_head)[:, None] + o_d
         b_q = gl.allocate_shared_memory(DTYPE, [BLOCK_R, D], SHARED)
-        b_q.store(gl.load(p_q, mask=m_q, other=0.0))
+        b_q.store(b_queries)
         fence_async_shared()
         _barrier()
 
