@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fastdms.kv_report import CacheGeometry, RowUsage
-from fastdms.ops import SpanCache, release
+from fastdms.ops import SpanCache, count_tokens, release
 
 __all__ = ["PAGE_SIZE", "CacheConfig", "CompactCache"]
 
@@ -17,7 +18,8 @@ PAGE_SIZE = 64  # token slots: half a page of waste per span stays below 5 % fro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Sizes of a compact cache. ``num_pages`` counts pages of ``page_size`` slots for the whole pool."""
+    """Sizes of a compact cache. ``num_pages`` counts pages of ``page_size`` slots for the whole pool.
+    ``vocab_size``: 0 for a cache that no tokens are counted in."""
 
     num_layers: int
     num_rows: int
@@ -28,6 +30,7 @@ class CacheConfig:
     kv_dtype: torch.dtype
     num_pages: int
     page_size: int = PAGE_SIZE
+    vocab_size: int = 0
 
     @property
     def max_pages(self) -> int:
@@ -47,9 +50,9 @@ class CacheConfig:
 
     @property
     def fixed_bytes(self) -> int:
-        """Metadata that does not grow with the pool: page table, lengths, rings, counters."""
+        """Metadata that does not grow with the pool: page table, lengths, rings, counters, counts of tokens."""
         per_span = self.max_pages + 1 + self.window_tokens + 1
-        return 4 * (self.num_rows * self.num_spans * per_span + self.num_rows + 1)
+        return 4 * (self.num_rows * self.num_spans * per_span + self.num_rows + 1) + 2 * self.num_rows * self.vocab_size
 
     def pages_within(self, num_bytes: int) -> int:
         """Pages that fit into ``num_bytes`` beside all metadata, at most what every row could ever need."""
@@ -58,7 +61,7 @@ class CacheConfig:
 
 
 class CompactCache:
-    """The state tensors, as ``SpanCache`` names them, over all layers."""
+    """The state tensors, as ``SpanCache`` names them, over all layers, and ``counts [R, V]`` as ``sample`` does."""
 
     def __init__(self, config: CacheConfig, device: torch.device) -> None:
         self.config = c = config
@@ -79,6 +82,7 @@ class CompactCache:
         self.free_pages = torch.arange(c.num_pages, dtype=torch.int32, device=device)
         self.num_free = torch.full((1,), c.num_pages, dtype=torch.int32, device=device)
         self.starved = zeros(c.num_rows)
+        self.counts = torch.zeros((c.num_rows, c.vocab_size), dtype=torch.int16, device=device)
 
     def layer(self, index: int) -> SpanCache:
         """What the ops take: views of one layer's spans over the shared pool."""
@@ -86,6 +90,10 @@ class CompactCache:
             self.k_pages, self.v_pages, self.k_scales, self.v_scales, self.page_table[index], self.live_len[index],
             self.ring[index], self.free_pages, self.num_free, self.starved,
         )  # fmt: skip
+
+    def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Say what ``row`` has seen so far, for a request with penalties."""
+        self.counts[row].copy_(count_tokens(prompt_ids, output_ids, self.config.vocab_size))
 
     def release(self, rows: list[int]) -> None:
         """Give back all pages of ``rows``."""
@@ -117,11 +125,11 @@ class CompactCache:
     def geometry(self) -> CacheGeometry:
         """Byte counts for reports, taken from the tensors themselves."""
         pool = sum(t.nbytes for t in (self.k_pages, self.v_pages, self.k_scales, self.v_scales))
-        state = (self.page_table, self.live_len, self.ring, self.free_pages, self.num_free, self.starved)
+        spans = (self.page_table, self.live_len, self.ring, self.free_pages, self.num_free, self.starved)
         return CacheGeometry(
             page_size=self.config.page_size,
             page_bytes=pool // max(1, self.config.num_pages),
             bytes_pool=pool,
-            bytes_metadata=sum(t.nbytes for t in state),
+            bytes_metadata=sum(t.nbytes for t in (*spans, self.counts)),
             dense_token_bytes=2 * self.config.num_spans * self.config.head_dim * torch.bfloat16.itemsize,
         )

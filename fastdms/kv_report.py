@@ -40,7 +40,8 @@ class KVReport:
 
     tokens: logical tokens, all rows together. live_tokens: float64 ``[L, Hkv]``, mean over the rows.
     live_share: stored tokens over logical ones, all spans. bytes_in_use: pages that the rows hold, whole pages with
-    their scales. bytes_metadata, bytes_pool: page tables, rings and counters, and all pages, of the whole cache.
+    their scales. bytes_metadata: of the whole cache, page tables, rings, counters, and for penalties two bytes for each
+    row and id of the vocabulary. bytes_pool: all pages.
     dense_bytes: the same tokens in a dense bf16 cache. ratio: dense_bytes / bytes_in_use.
     """
 

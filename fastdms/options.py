@@ -114,6 +114,7 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
         "window_tokens": min(dms.window_tokens, options.max_context) if dms else 0,
         "max_context": options.max_context,
         "kv_dtype": options.kv_dtype,
+        "vocab_size": config.vocab_size,
     }
     empty = CacheConfig(**fields, num_pages=0)
     budget = options.kv_memory

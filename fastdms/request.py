@@ -85,7 +85,7 @@ class Request:
             top_p=max(p.top_p, _SMALLEST_TOP_P),
             min_p=p.min_p,
             seed=self.seed,
-            banned_ids=tuple(sorted(self.end_ids)) if p.min_tokens else (),
+            end_ids=tuple(sorted(self.end_ids)),
             banned_until=len(self.prompt_ids) + p.min_tokens,
         )
 

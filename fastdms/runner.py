@@ -117,7 +117,7 @@ class ModelRunner:
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
             starved = cache.starved.index_select(0, inputs.rows) != 0
-            tokens = torch.where(starved, STARVED, _sample(logits, inputs))
+            tokens = torch.where(starved, STARVED, _sample(logits, inputs, cache.counts))
             # What the same rows' next step begins with, if the host has nothing to say about it.
             inputs.tokens.copy_(tokens.clamp_min(0))
             inputs.positions.add_(inputs.positions >= 0)
@@ -183,7 +183,7 @@ class ModelRunner:
         with inference(self.device):
             buffers = make_buffers(len(inputs), self.device)
             buffers.fill(inputs)
-            return _sample(logits, buffers)
+            return _sample(logits, buffers, self.cache.counts)
 
     def release(self, rows: list[int]) -> None:
         """Give the pages of ``rows`` back."""
@@ -225,8 +225,8 @@ def _state(decoder: Decoder, cache: CompactCache) -> dict[str, torch.Tensor]:
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers()), **own}
 
 
-def _sample(logits: torch.Tensor, inputs: StepBuffers) -> torch.Tensor:
-    tokens = sample(
+def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> torch.Tensor:
+    tokens, _ = sample(
         logits,
         temperature=inputs.temperature,
         top_k=inputs.top_k,
@@ -234,7 +234,10 @@ def _sample(logits: torch.Tensor, inputs: StepBuffers) -> torch.Tensor:
         min_p=inputs.min_p,
         seeds=inputs.seeds,
         positions=inputs.positions + 1,
-        banned_ids=inputs.banned_ids,
+        end_ids=inputs.end_ids,
         banned_until=inputs.banned_until,
+        penalties=inputs.penalties,
+        count_rows=inputs.count_rows,
+        counts=counts,
     )
     return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)  # amax hands NaN on

@@ -15,7 +15,7 @@ from fastdms.completion import Completion, StreamPiece
 from fastdms.config import DMSConfig, ModelConfig
 from fastdms.decoder import Decoder
 from fastdms.engine import Engine
-from fastdms.graphs import MAX_BANNED, GraphCache
+from fastdms.graphs import MAX_END_IDS, GraphCache
 from fastdms.kv_report import KVReport, RowUsage
 from fastdms.options import Options, resolve_cache, resolve_dms, resolve_options, resolve_zeroing
 from fastdms.progress import progress
@@ -372,7 +372,7 @@ def _end_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> 
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     ids = {token for token in ids if 0 <= token < config.vocab_size}
-    limit = MAX_BANNED - MAX_STOPS
+    limit = MAX_END_IDS - MAX_STOPS
     if len(ids) > limit:
         raise ValueError(f"the model has {len(ids)} end-of-text ids; at most {limit} are supported")
     return frozenset(ids)

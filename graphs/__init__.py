@@ -2,7 +2,7 @@
 
 from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
-from fastdms.graphs.buffers import MAX_BANNED, RowInput, StepBuffers, make_buffers
+from fastdms.graphs.buffers import MAX_END_IDS, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.cache import MODES, GraphCache, check_mode
 from fastdms.graphs.chunk_graphs import RowChunk, ragged_chunk
 from fastdms.graphs.compiler import Step, StepOutput
@@ -10,7 +10,7 @@ from fastdms.graphs.key import GraphKey, fingerprint
 
 __all__ = [
     "ARTIFACTS",
-    "MAX_BANNED",
+    "MAX_END_IDS",
     "MODES",
     "GraphCache",
     "GraphKey",

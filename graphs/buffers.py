@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["MAX_BANNED", "Columns", "RowInput", "StepBuffers", "make_buffers"]
+__all__ = ["MAX_END_IDS", "Columns", "RowInput", "StepBuffers", "make_buffers"]
 
-MAX_BANNED = 32
+MAX_END_IDS = 32
+_NEUTRAL = (0.0, 0.0, 1.0)
 
 Columns = tuple[list[Any] | None, ...]  # of the buffers, one list of entries each; None: not known
 
 
 class RowInput(NamedTuple):
-    """What one row asks of a step. ``position``: of ``token``; the sampled token will stand one further on."""
+    """What one row asks of a step. ``position``: of ``token``; the sampled token will stand one further on.
+    ``penalties``: presence, frequency and repetition; None, and the tokens of the row aren't counted."""
 
     row: int
     token: int
@@ -25,12 +27,14 @@ class RowInput(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    banned_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
     banned_until: int = 0
+    penalties: tuple[float, float, float] | None = None
 
 
 class StepBuffers(NamedTuple):
-    """``[B]`` each, but ``banned_ids [B, MAX_BANNED]``; dtypes as ``ops.sample`` and the decoder take them."""
+    """``[B]`` each, but ``end_ids [B, MAX_END_IDS]`` and ``penalties [B, 3]``; as ``ops.sample`` and the decoder take
+    them."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -40,8 +44,10 @@ class StepBuffers(NamedTuple):
     top_p: torch.Tensor
     min_p: torch.Tensor
     seeds: torch.Tensor
-    banned_ids: torch.Tensor
+    end_ids: torch.Tensor
     banned_until: torch.Tensor
+    penalties: torch.Tensor
+    count_rows: torch.Tensor
 
     def first(self, num_entries: int) -> StepBuffers:
         """Views of the first ``num_entries`` entries."""
@@ -55,7 +61,6 @@ class StepBuffers(NamedTuple):
         """
         padding = [RowInput(row=0, token=0, position=-1)] * (self.tokens.shape[0] - len(inputs))
         entries = [*inputs, *padding]
-        banned = [[*entry.banned_ids, *[-1] * (MAX_BANNED - len(entry.banned_ids))] for entry in entries]
         columns: Columns = (
             [entry.token for entry in entries],
             [entry.position for entry in entries],
@@ -65,8 +70,10 @@ class StepBuffers(NamedTuple):
             [entry.top_p for entry in entries],
             [entry.min_p for entry in entries],
             [entry.seed for entry in entries],
-            banned,
+            [[*entry.end_ids, *[-1] * (MAX_END_IDS - len(entry.end_ids))] for entry in entries],
             [entry.banned_until for entry in entries],
+            [entry.penalties or _NEUTRAL for entry in entries],
+            [-1 if entry.penalties is None else entry.row for entry in entries],
         )
         for tensor, column, before in zip(self, columns, held or [None] * len(columns), strict=True):
             if column != before:
@@ -89,8 +96,10 @@ def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:
         top_p=zeros(torch.float32),
         min_p=zeros(torch.float32),
         seeds=zeros(torch.int64),
-        banned_ids=zeros(torch.int32, MAX_BANNED),
+        end_ids=zeros(torch.int32, MAX_END_IDS),
         banned_until=zeros(torch.int32),
+        penalties=zeros(torch.float32, 3),
+        count_rows=zeros(torch.int32),
     )
     buffers.fill([])
     return buffers

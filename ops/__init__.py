@@ -9,7 +9,7 @@ from fastdms.ops.prefill_attention import prefill_attention
 from fastdms.ops.prefill_rope import prefill_rope
 from fastdms.ops.release import release
 from fastdms.ops.rope_decide import decision_constants
-from fastdms.ops.sample import sample
+from fastdms.ops.sample import count_tokens, sample
 from fastdms.ops.soft_attention import soft_attention
 from fastdms.ops.span_cache import KV_DTYPES, SpanCache
 
@@ -17,6 +17,7 @@ __all__ = [
     "KV_DTYPES",
     "MOST_ROWS",
     "SpanCache",
+    "count_tokens",
     "decision_constants",
     "decode_append",
     "decode_attention",

@@ -34,7 +34,7 @@ def weights() -> PreTrainedModel:
 def nbytes(cache: CompactCache) -> tuple[int, int]:
     """(pool, metadata), summed over every tensor that the cache owns."""
     tensors = {name: value for name, value in vars(cache).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 10
+    assert len(tensors) == 11
     pool = {"k_pages", "v_pages", "k_scales", "v_scales"}
     sizes = {name: tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
     return sum(sizes[name] for name in pool), sum(size for name, size in sizes.items() if name not in pool)

@@ -1,13 +1,14 @@
-"""Choose each row's next token from its logits, alone or under temperature, top-k, top-p and min-p."""
+"""Choose each row's next token from its logits, under penalties, temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
 import torch
 
 from fastdms.ops.sample import schema as _schema  # noqa: F401  (defines the op)
+from fastdms.ops.sample.counts import count_tokens
 from fastdms.ops.span_cache import check
 
-__all__ = ["sample"]
+__all__ = ["count_tokens", "sample"]
 
 
 def sample(
@@ -19,21 +20,33 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    banned_ids: torch.Tensor,
+    end_ids: torch.Tensor,
     banned_until: torch.Tensor,
-) -> torch.Tensor:
-    """``[B]`` int64 token ids from ``logits [B, V]`` fp32; row b depends on row b's inputs alone.
+    penalties: torch.Tensor,
+    count_rows: torch.Tensor,
+    counts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B]`` int64 token ids from ``logits [B, V]`` fp32, and ``[B]`` bool, which of them end their rows.
 
-    temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores all below.
+    Row b depends on row b's inputs alone.
+
+    temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores the next five.
     top_k: ``[B]`` int32, 0 off: keeps logits >= the k-th largest. top_p: ``[B]`` fp32: of what is left, keeps token i
         iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32 in
         [0, 1]: keeps p_i >= min_p * max p, compared as logarithms: 1 keeps the largest logits alone, however hot.
         Equal logits are kept or dropped together, and the likeliest token always stays.
-        A row whose largest logit is NaN or infinite gives an arbitrary id.
+        A row whose largest logit is NaN or infinite, be it by its penalties, gives an arbitrary id.
     seeds: ``[B]`` int64 >= 0. positions: ``[B]`` int32, the position the token will have. The choice is
         argmax(log p_i - log e_i) with exponential e_i from Philox4x32-10, keyed by the seed, at counter
         (i, position, 0, 0), so a request repeats itself whatever runs beside it.
-    banned_ids: ``[B, K]`` int32, -1 unused: can't be chosen while ``positions < banned_until`` (``[B]`` int32).
+    end_ids: ``[B, K]`` int32, -1 unused: can't be chosen while ``positions < banned_until`` (``[B]`` int32), and end
+        the row once ``positions + 1 >= banned_until``.
+    penalties: ``[B, 3]`` fp32, presence, frequency and repetition; before all else each logit x whose token occurs in
+        the row becomes x > 0 ? x / repetition : x * repetition, less frequency * (times in the output) and, if it is
+        there at all, presence. Repetition is > 0.
+    count_rows: ``[B]`` int32: the row of ``counts`` that says what occurs, and in which the token is counted; -1: the
+        entry has no penalties, or is padding, and touches no counts. No row may occur twice.
+    counts: ``[R, V]`` int16, mutated; a row is what ``count_tokens`` makes.
     Raises ValueError on shapes or dtypes that don't fit.
     """
     batch = logits.shape[0]
@@ -43,7 +56,7 @@ def sample(
     )
     expected = {
         torch.float32: (temperature, top_p, min_p),
-        torch.int32: (top_k, positions, banned_until),
+        torch.int32: (top_k, positions, banned_until, count_rows),
         torch.int64: (seeds,),
     }
     for dtype, tensors in expected.items():
@@ -52,8 +65,16 @@ def sample(
                 t.dtype == dtype and t.shape == (batch,) and t.is_contiguous(),
                 f"sampling tensors must be {dtype} [{batch}] here, got {t.dtype} {tuple(t.shape)}",
             )
-    check(banned_ids.dtype == torch.int32 and banned_ids.shape[:1] == (batch,), "banned_ids must be int32 [B, K]")
-    out: torch.Tensor = torch.ops.fastdms.sample.default(
-        logits, temperature, top_k, top_p, min_p, seeds, positions, banned_ids, banned_until
+    check(end_ids.dtype == torch.int32 and end_ids.shape[:1] == (batch,), "end_ids must be int32 [B, K]")
+    check(
+        penalties.dtype == torch.float32 and penalties.shape == (batch, 3) and penalties.is_contiguous(),
+        f"penalties must be torch.float32 [{batch}, 3] here, got {penalties.dtype} {tuple(penalties.shape)}",
+    )
+    check(
+        counts.dtype == torch.int16 and counts.shape[1:] == logits.shape[1:] and counts.is_contiguous(),
+        f"counts must be torch.int16 [R, {logits.shape[1]}] here, got {counts.dtype} {tuple(counts.shape)}",
+    )
+    out: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastdms.sample.default(
+        logits, temperature, top_k, top_p, min_p, seeds, positions, end_ids, banned_until, penalties, count_rows, counts
     )
     return out

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from fastdms.ops.sample.counts import MOST_COUNTED
+
 _MASK = 0xFFFFFFFF
 LARGEST_UNIFORM = 1.0 - 2.0**-24  # fp32 rounds the largest words up to 1, and -log(1 - 1) would rule a token out
 
@@ -53,6 +55,14 @@ def keep_mask(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> t
     return keep
 
 
+def penalised(x: torch.Tensor, counts: torch.Tensor, penalties: torch.Tensor) -> torch.Tensor:
+    """One row's logits ``[V]`` under its presence, frequency and repetition penalty."""
+    presence, frequency, repetition = penalties.unbind()
+    times = counts & MOST_COUNTED
+    x = torch.where(counts != 0, torch.where(x > 0.0, x / repetition, x * repetition), x)
+    return x - (frequency * times + presence * (times > 0))
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -61,24 +71,32 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    banned_ids: torch.Tensor,
+    end_ids: torch.Tensor,
     banned_until: torch.Tensor,
-) -> torch.Tensor:
+    penalties: torch.Tensor,
+    count_rows: torch.Tensor,
+    counts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = logits.new_zeros(logits.shape[0], dtype=torch.int64)
     drawn = (temperature > 0.0).nonzero().flatten()
     ids = torch.arange(logits.shape[1], device=logits.device)
     noise = exponential(philox(seeds[drawn, None], ids, positions[drawn, None].long())).log()
     noise_of = dict(zip(drawn.tolist(), noise, strict=True))
-    for b in range(logits.shape[0]):
+    for b, count_row in enumerate(count_rows.tolist()):
         x = logits[b]
+        if count_row >= 0:
+            x = penalised(x, counts[count_row], penalties[b])
         if bool(positions[b] < banned_until[b]):
-            banned = banned_ids[b][banned_ids[b] >= 0].long()
+            banned = end_ids[b][end_ids[b] >= 0].long()
             x = x.index_fill(0, banned, float("-inf"))
         largest = x.max()
-        if b not in noise_of or not bool(largest.isfinite()):
-            tokens[b] = x.argmax()
-            continue
-        scaled = (x - largest) / temperature[b]
-        keep = keep_mask(scaled, int(top_k[b]), float(top_p[b]), float(min_p[b]))
-        tokens[b] = (scaled - noise_of[b]).masked_fill(~keep, float("-inf")).argmax()
-    return tokens
+        if b in noise_of and bool(largest.isfinite()):
+            scaled = (x - largest) / temperature[b]
+            keep = keep_mask(scaled, int(top_k[b]), float(top_p[b]), float(min_p[b]))
+            x = (scaled - noise_of[b]).masked_fill(~keep, float("-inf"))
+        tokens[b] = x.argmax()
+        if count_row >= 0:
+            count = counts[count_row, int(tokens[b])]
+            count += (count & MOST_COUNTED) < MOST_COUNTED
+    ends = (tokens[:, None] == end_ids).any(1) & (positions + 1 >= banned_until)
+    return tokens, ends

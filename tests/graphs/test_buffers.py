@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdms.graphs import MAX_BANNED, RowInput, StepBuffers, make_buffers
+from fastdms.graphs import MAX_END_IDS, RowInput, StepBuffers, make_buffers
 
 CPU = torch.device("cpu")
 DTYPES = {
@@ -19,8 +19,10 @@ DTYPES = {
     "top_p": torch.float32,
     "min_p": torch.float32,
     "seeds": torch.int64,
-    "banned_ids": torch.int32,
+    "end_ids": torch.int32,
     "banned_until": torch.int32,
+    "penalties": torch.float32,
+    "count_rows": torch.int32,
 }
 
 
@@ -28,17 +30,21 @@ def entry(n: int) -> RowInput:
     """Every field has a value of its own."""
     return RowInput(
         row=n, token=n + 10, position=n + 20, temperature=n + 0.5, top_k=n + 30, top_p=1 / (n + 2), min_p=1 / (n + 3),
-        seed=2**62 + n, banned_ids=tuple(range(n)), banned_until=n + 40,
+        seed=2**62 + n, end_ids=tuple(range(n)), banned_until=n + 40,
+        penalties=(n + 0.25, n - 0.5, n + 1.5) if n % 2 else None,
     )  # fmt: skip
 
 
 def read(buffers: StepBuffers, index: int) -> RowInput:
     """An entry as ``RowInput`` again."""
     b: dict[str, Any] = {name: tensor[index].tolist() for name, tensor in buffers._asdict().items()}
+    assert b["count_rows"] in (-1, b["rows"])
+    if b["count_rows"] == -1:
+        assert b["penalties"] == [0.0, 0.0, 1.0]
     return RowInput(
         row=b["rows"], token=b["tokens"], position=b["positions"], temperature=b["temperature"], top_k=b["top_k"],
-        top_p=b["top_p"], min_p=b["min_p"], seed=b["seeds"], banned_ids=tuple(i for i in b["banned_ids"] if i != -1),
-        banned_until=b["banned_until"],
+        top_p=b["top_p"], min_p=b["min_p"], seed=b["seeds"], end_ids=tuple(i for i in b["end_ids"] if i != -1),
+        banned_until=b["banned_until"], penalties=tuple(b["penalties"]) if b["count_rows"] >= 0 else None,
     )  # fmt: skip
 
 
@@ -53,9 +59,10 @@ def test_a_fresh_buffer_is_all_padding() -> None:
     buffers = make_buffers(5, CPU)
     assert {name: tensor.dtype for name, tensor in buffers._asdict().items()} == DTYPES
     assert all(tensor.shape[0] == 5 for tensor in buffers)
-    assert buffers.banned_ids.shape == (5, MAX_BANNED)
+    assert buffers.end_ids.shape == (5, MAX_END_IDS)
     assert buffers.positions.tolist() == [-1] * 5
-    assert (buffers.banned_ids == -1).all()
+    assert (buffers.end_ids == -1).all()
+    assert buffers.count_rows.tolist() == [-1] * 5
 
 
 def test_fill_writes_every_field_and_pads_the_rest() -> None:
@@ -99,10 +106,10 @@ def test_the_largest_values() -> None:
     buffers = make_buffers(1, CPU)
     largest = RowInput(
         row=255, token=2**31 - 1, position=2**31 - 2, temperature=1e30, top_k=2**31 - 1, top_p=1e-30, seed=2**63 - 1,
-        banned_ids=tuple(range(MAX_BANNED)), banned_until=2**31 - 1,
+        end_ids=tuple(range(MAX_END_IDS)), banned_until=2**31 - 1,
     )  # fmt: skip
     buffers.fill([largest])
     back = read(buffers, 0)
-    assert (back.top_k, back.seed, back.banned_ids, back.position) == largest[4:5] + largest[7:9] + largest[2:3]
+    assert (back.top_k, back.seed, back.end_ids, back.position) == largest[4:5] + largest[7:9] + largest[2:3]
     assert 0 < back.top_p < 1e-29
     assert back.temperature < float("inf")

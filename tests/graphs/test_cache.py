@@ -152,6 +152,11 @@ def test_no_copy_of_the_cache_in_the_generated_code(made) -> None:
     assert cache.k_pages.numel() == PAGES * 64 * HEAD_DIM
     largest = max(size for source in code for size in allocations(source))
     assert VOCAB_SIZE <= largest <= VOCAB_SIZE * 2, "the logits are the largest buffer"
+    sampling = [source for source in code if "fastdms.sample" in source]
+    assert len(sampling) == 2
+    for source in sampling:
+        (counts,) = inputs_of_shape(source, tuple(cache.counts.shape))
+        assert uses(source, counts) == {"sample"}
     attending = [source for source in code if "decode_attention" in source]
     assert len(attending) == 4
     for source in attending:

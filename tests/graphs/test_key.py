@@ -45,7 +45,7 @@ def test_every_field_tells_keys_and_files_apart(tmp_path) -> None:
 def test_the_inputs_have_shapes_and_dtypes() -> None:
     inputs = {name: (shape, dtype) for name, shape, dtype in a_key().inputs}
     assert inputs["tokens"] == ((2,), "torch.int64")
-    assert inputs["banned_ids"] == ((2, 32), "torch.int32")
+    assert inputs["end_ids"] == ((2, 32), "torch.int32")
     assert len(inputs) == len(make_buffers(2, CPU))
 
 

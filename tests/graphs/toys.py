@@ -12,7 +12,7 @@ from fastdms.graphs.capture import Recording
 
 def sorting_step(inputs: StepBuffers) -> StepOutput:
     """Compiles in no time: sorting has no generated code."""
-    return torch.sort(inputs.tokens).values, torch.sort(inputs.banned_ids).values
+    return torch.sort(inputs.tokens).values, torch.sort(inputs.end_ids).values
 
 
 def rows(count: int, *, token: int = 0) -> list[RowInput]:

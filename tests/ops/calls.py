@@ -68,7 +68,9 @@ class Call:
                 "logits": normal(size, 50), "temperature": normal(size).abs(), "top_p": normal(size).sigmoid(),
                 "min_p": normal(size).sigmoid() * 0.1, "top_k": torch.arange(size, **ints) * 4,
                 "seeds": torch.arange(size, device=device) + seed, "positions": torch.arange(size, **ints),
-                "banned_ids": torch.arange(2 * size, **ints).view(size, 2), "banned_until": torch.ones(size, **ints),
+                "end_ids": torch.arange(2 * size, **ints).view(size, 2), "banned_until": torch.ones(size, **ints),
+                "penalties": normal(size, 3).sigmoid(), "count_rows": rows - 1,
+                "counts": (normal(6, 50) * 2).to(torch.int16),
             },
         }[op]  # fmt: skip
 

@@ -93,20 +93,24 @@ def test_sampling_right_behind_the_head(captured: bool, monkeypatch: pytest.Monk
         "min_p": torch.zeros(rows, device=DEVICE),
         "seeds": torch.arange(rows, device=DEVICE),
         "positions": ints([0, 1, 2, 3]),
-        "banned_ids": ints([[7, 4096], [7, 4096], [-1, -1], [0, 39_999]]),
+        "end_ids": ints([[7, 4096], [7, 4096], [-1, -1], [0, 39_999]]),
         "banned_until": ints([9] * rows),
+        "penalties": torch.tensor([[0.1, 0.2, 1.2]], device=DEVICE).repeat(rows, 1),
+        "count_rows": ints([-1, 0, -1, 1]),
+        "counts": torch.zeros(2, vocab, dtype=torch.int16, device=DEVICE),
     }
 
     def run(x: torch.Tensor, wait: bool) -> list[torch.Tensor]:
         tokens = []
+        settings["counts"].zero_()
         for step in x:
             logits = decode_linear(step, head, fp32_out=True)
             if wait:
                 torch.cuda.synchronize()
-            tokens.append(sample(logits, **settings))
+            tokens.append(sample(logits, **settings)[0])
             if wait:
                 torch.cuda.synchronize()
-                allowed = logits[0].index_fill(0, settings["banned_ids"][0].long(), -torch.inf)
+                allowed = logits[0].index_fill(0, settings["end_ids"][0].long(), -torch.inf)
                 assert tokens[-1][[0, 2]].tolist() == [int(allowed.argmax()), int(logits[2].argmax())]
         return tokens
 

@@ -11,34 +11,14 @@ import torch
 
 from fastdms.ops import sample
 from fastdms.ops.sample.reference import exponential, keep_mask, philox
-from tests.ops.harness import BACKENDS, DEVICE, on
+from tests.ops.harness import BACKENDS, DEVICE
+from tests.ops.sampling import DEFAULTS, make_settings, run_sample
 
-_DTYPES = {
-    "temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32,
-    "seeds": torch.int64, "positions": torch.int32, "banned_until": torch.int32,
-}  # fmt: skip
-_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 0, "positions": 0, "banned_until": 0}
 _SLICE = 4096  # logits that one program of the kernel looks at for the largest
 
 
-def _settings(batch: int, **changes: Any) -> dict[str, torch.Tensor]:
-    """Tensors of each setting: a number for all rows, or one for each."""
-    out = {}
-    for name, dtype in _DTYPES.items():
-        value = changes.get(name, _DEFAULTS[name])
-        out[name] = torch.tensor(value if isinstance(value, list) else [value] * batch, dtype=dtype)
-    banned_ids = torch.tensor(changes.get("banned_ids", [[-1, -1]] * batch), dtype=torch.int32)
-    out["banned_ids"] = banned_ids.view(batch, banned_ids.shape[-1])
-    return out
-
-
-def _sample(backend: str, logits: torch.Tensor, **changes: Any) -> Any:
-    settings = _settings(logits.shape[0], **changes)
-    with on(backend) as device:
-        out = sample(logits.to(device), **{name: value.to(device) for name, value in settings.items()})
-    assert out.dtype == torch.int64
-    assert out.shape == logits.shape[:1]
-    return out.tolist()
+def _sample(backend: str, logits: torch.Tensor, **changes: Any) -> list[int]:
+    return run_sample(backend, logits, **changes).tokens
 
 
 def test_philox_known_answers() -> None:
@@ -134,7 +114,7 @@ def test_rows_without_a_finite_maximum(backend: str) -> None:
 def test_banned_ids(backend: str) -> None:
     logits = torch.tensor([[0.0, 3, 2, 1]] * 5)
     settings = {
-        "banned_ids": [[1, -1], [1, 2], [-1, -1], [1, 2], [3, 3]],
+        "end_ids": [[1, -1], [1, 2], [-1, -1], [1, 2], [3, 3]],
         "positions": [4, 4, 4, 5, 0],
         "banned_until": [5, 5, 5, 5, 1],
     }
@@ -153,7 +133,7 @@ def test_banned_ids_of_several_slices(backend: str) -> None:
     logits[:, likeliest] = torch.arange(len(likeliest), 0, -1.0)
     banned_ids = [[*likeliest[:i], *[-1] * (len(likeliest) - i)] for i in range(len(likeliest))]
     for temperature in (0.0, 1e-6):
-        changes = {"temperature": temperature, "banned_ids": banned_ids, "positions": 3}
+        changes = {"temperature": temperature, "end_ids": banned_ids, "positions": 3}
         assert _sample(backend, logits, banned_until=4, **changes) == likeliest
         assert _sample(backend, logits, banned_until=3, **changes) == [likeliest[0]] * len(likeliest)
 
@@ -232,7 +212,7 @@ def test_kernel_draws_what_the_reference_draws() -> None:
             "min_p": [0.0, 0.0, 0.0, 0.0, 0.01, 0.05],
             "seeds": [1, 2, 3, 2**40 + 5, 2**63 - 1, 0],
             "positions": [5, 0, 9, 131_071, 3, 2],
-            "banned_ids": [[0, vocab - 1]] * batch,
+            "end_ids": [[0, vocab - 1]] * batch,
             "banned_until": [0, 9, 9, 0, 9, 0] if vocab > 1 else 0,
         }
         wide = torch.empty(batch, 2 * vocab).copy_(torch.cat((logits, logits), 1))  # rows with a gap
@@ -257,10 +237,10 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
     [alone] = _sample(backend, own, **mine)
     for place in range(len(others) + 1):
         rows = [*others[:place], mine, *others[place:]]
-        columns = {name: [row.get(name, default) for row in rows] for name, default in _DEFAULTS.items()}
+        columns = {name: [row.get(name, default) for row in rows] for name, default in DEFAULTS.items()}
         logits = torch.randn(len(rows), 80, generator=generator)
         logits[place] = own
-        assert _sample(backend, logits, banned_ids=[[3, 5]] * len(rows), **columns)[place] == alone
+        assert _sample(backend, logits, end_ids=[[3, 5]] * len(rows), **columns)[place] == alone
 
 
 @pytest.mark.parametrize("what", ["seeds", "positions"])
@@ -290,14 +270,19 @@ def test_empty_batch(backend: str) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    logits, good = torch.zeros(2, 9), _settings(2)
+    logits, good = torch.zeros(2, 9), make_settings(2, 9)
     for bad, change, message in (
         (logits.half(), {}, "logits"),
         (logits[0], {}, "logits"),
         (logits, {"temperature": good["temperature"][:1]}, "float32"),
         (logits, {"top_k": good["top_k"].long()}, "int32"),
         (logits, {"seeds": good["seeds"].int()}, "int64"),
-        (logits, {"banned_ids": good["banned_ids"][:1]}, "banned_ids"),
+        (logits, {"end_ids": good["end_ids"][:1]}, "end_ids"),
+        (logits, {"penalties": good["penalties"][:, :2]}, "penalties"),
+        (logits, {"penalties": good["penalties"].double()}, "penalties"),
+        (logits, {"count_rows": good["count_rows"].long()}, "int32"),
+        (logits, {"counts": good["counts"].int()}, "counts"),
+        (logits, {"counts": good["counts"][:, 1:]}, "counts"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(bad, **{**good, **change})

@@ -315,7 +315,7 @@ def test_a_sampled_token_may_differ_only_in_a_tie() -> None:
         surely, maybe = _kept(scaled, top_k, top_p, min_p)
         assert surely.tolist() == maybe.tolist() == [i < expected for i in range(5)], (top_k, top_p, min_p)
     given = {"logits": scaled, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 1, "positions": 0,
-             "banned_ids": [0], "banned_until": 0}  # fmt: skip
+             "end_ids": [0], "banned_until": 0, "count_rows": -1}  # fmt: skip
     tensors = {name: torch.as_tensor(value) for name, value in given.items()}
     behind = []
     for token in range(5):

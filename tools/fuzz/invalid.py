@@ -102,8 +102,12 @@ _INPUTS: dict[str, dict[str, dict[str, Change]]] = {
     "release": {"rows": _INTS},
     "sample": {
         "logits": {"fp64": lambda x: x.double(), "one dimension less": lambda x: x.flatten()},
-        **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seeds", "positions", "banned_until"), _ROW),
-        "banned_ids": {"int64": lambda x: x.long(), **_LONGER},
+        **dict.fromkeys(
+            ("temperature", "top_k", "top_p", "min_p", "seeds", "positions", "banned_until", "count_rows"), _ROW
+        ),
+        "end_ids": {"int64": lambda x: x.long(), **_LONGER},
+        "penalties": {"fp64": lambda x: x.double(), "two": lambda x: x[:, :2].contiguous(), **_LONGER},
+        "counts": {"int32": lambda x: x.int(), "one id less": lambda x: x[:, 1:].contiguous()},
     },
     "soft_attention": {
         "q": _SOFT, "k": _SOFT, "v": _SOFT,

@@ -9,7 +9,8 @@ import torch
 
 from fastdms.ops import MOST_ROWS, soft_attention
 from fastdms.ops.decode_linear import reference as linear_reference
-from fastdms.ops.sample.reference import LARGEST_UNIFORM, philox
+from fastdms.ops.sample.counts import MOST_COUNTED
+from fastdms.ops.sample.reference import LARGEST_UNIFORM, penalised, philox
 from fastdms.ops.soft_attention import reference as soft_reference
 from fastdms.tools.fuzz.budget import FP32_ROUNDING, Budget, WrongAnswer, in_precision
 from fastdms.tools.fuzz.calls import Call, Placed, evaluate, kernels, same_bytes
@@ -25,6 +26,8 @@ _MOST_CHANNELS = 2000  # the reference multiplies in fp64, on the CPU
 _SOFT_TOKENS = 250  # the reference holds a score for each pair of tokens
 # log(noise) with noise >= 2^-6 computed as -log(1 - u) to 2^-21: off by 2^-15 of itself, and no more beyond the series.
 _NOISE_ERROR = 2.0**-14
+_PENALTIES = ((0.0, -2.0, 0.3, 2.0), (0.0, -2.0, 0.1, 2.0), (1.0, 1e-30, 0.7, 1.2, 2.0))
+_COUNTS = np.array([0, 0, 0, 1, 5, MOST_COUNTED, -1, -MOST_COUNTED - 1], np.int16)
 
 
 def run_single(op: str, setting: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
@@ -171,26 +174,48 @@ def _sample(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
         "min_p": each(torch.float32, 0.0, 0.0, 0.05, 0.5, 1.0),
         "seeds": torch.from_numpy(rng.integers(0, 2 ** int(rng.integers(1, 64)), batch)),
         "positions": torch.from_numpy(rng.integers(0, 100_000, batch)).int(),
-        "banned_ids": torch.from_numpy(rng.integers(-1, vocab, (batch, int(rng.integers(0, 4))))).int(),
+        "end_ids": torch.from_numpy(rng.integers(-1, vocab, (batch, int(rng.integers(0, 4))))).int(),
         "banned_until": each(torch.int32, 0, 50_000, 100_000),
+        "penalties": torch.stack([each(torch.float32, *values) for values in _PENALTIES], 1),
+        "count_rows": torch.from_numpy(np.where(rng.random(batch) < 0.5, rng.permutation(batch + 1)[:batch], -1)).int(),
+        "counts": torch.from_numpy(rng.choice(_COUNTS, (batch + 1, vocab))),
     }
-    call = Call(op=op, inputs=inputs, gaps={"logits": (0, s.gap_channels)})
+    call = Call(op=op, inputs=inputs, gaps={"logits": (0, s.gap_channels)}, mutated=("counts",))
     _reject(call, rng, device, tally)
-    (tokens,), _ = call.run_kernel(device)
+    (tokens, ends), written = call.run_kernel(device)
     if tokens.dtype != torch.int64 or bool(((tokens < 0) | (tokens >= vocab)).any()):
         raise WrongAnswer(op, f"tokens must be int64 below {vocab}, got {tokens.dtype} {tokens.tolist()}")
-    evaluated = evaluate(call, None).outputs[0].tolist()
+    given = {name: x.clone() for name, x in inputs.items() if x is not None}
+    evaluated = evaluate(call, None).outputs[0].tolist()  # counts its own tokens
     for row, (token, expected) in enumerate(zip(tokens.tolist(), evaluated, strict=True)):
         if token != expected:
-            _check_tie(row, token, expected, {name: x[row] for name, x in inputs.items() if x is not None})
+            _check_tie(row, token, expected, {name: x[row] for name, x in given.items()} | {"counts": given["counts"]})
+    _check_counted(tokens, ends, written["counts"], given)
     tally.count(op, batch)
+
+
+def _check_counted(
+    tokens: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor, given: dict[str, torch.Tensor]
+) -> None:
+    """Each token is counted where its row says so and nowhere else, and ends the row if it is one that does."""
+    expected = given["counts"].clone()
+    for row, token in zip(given["count_rows"].tolist(), tokens.tolist(), strict=True):
+        if row >= 0:
+            expected[row, token] += int(expected[row, token]) & MOST_COUNTED < MOST_COUNTED
+    if not same_bytes(counts, expected):
+        raise WrongAnswer("sample", "counts are not what they were and the tokens")
+    listed = (given["end_ids"] == tokens[:, None]).any(1)
+    if ends.dtype != torch.bool or not torch.equal(ends, listed & (given["positions"] + 1 >= given["banned_until"])):
+        raise WrongAnswer("sample", f"these tokens end their rows, it says: {ends.tolist()}")
 
 
 def _check_tie(row: int, token: int, expected: int, given: dict[str, torch.Tensor]) -> None:
     """Kernel and reference may differ only where fp64 can't tell their tokens apart by more than fp32 errs."""
     x = given["logits"].clone()
+    if int(given["count_rows"]) >= 0:
+        x = penalised(x, given["counts"][int(given["count_rows"])], given["penalties"])
     if bool(given["positions"] < given["banned_until"]):
-        x[given["banned_ids"][given["banned_ids"] >= 0].long()] = -torch.inf
+        x[given["end_ids"][given["end_ids"] >= 0].long()] = -torch.inf
     largest, temperature = x.max(), given["temperature"]
     if not bool(largest.isfinite()):
         return  # any token will do
