@@ -92,7 +92,7 @@ class CompactCache:
         )  # fmt: skip
 
     def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Say what ``row`` has seen so far, for a request with penalties."""
+        """Set ``row``'s counts of tokens."""
         self.counts[row].copy_(count_tokens(prompt_ids, output_ids, self.config.vocab_size))
 
     def release(self, rows: list[int]) -> None:

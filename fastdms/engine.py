@@ -204,6 +204,8 @@ class Engine:
             request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
             if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
                 return
+            if request.penalties is not None:
+                self.runner.count(free[0], request.prompt_ids, request.output_ids)
             request.row, request.computed = free[0], 0
             self._running.append(request)
             self._waiting.pop(0)

@@ -16,10 +16,10 @@ from fastdms.text_stream import TextStream
 
 __all__ = ["Request"]
 
-# The step's buffers are int32 and fp32: a larger top_k is no limit anyway, a smaller top_p would become 0, and at an
-# infinite temperature all logits would be alike, so that top_k could not tell them apart.
+# The step's buffers are int32 and fp32: a larger top_k is no limit anyway, a smaller top_p or repetition penalty would
+# become 0, and at an infinite temperature all logits would be alike, so that top_k could not tell them apart.
 _INT32_MAX = 2**31 - 1
-_SMALLEST_TOP_P = 1e-30
+_SMALLEST = 1e-30
 _HOTTEST = 1e30
 
 
@@ -44,6 +44,9 @@ class Request:
         self.prompt_ids = list(prompt_ids)
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.penalties = params.penalties
+        if self.penalties is not None:
+            self.penalties = (*self.penalties[:2], max(self.penalties[2], _SMALLEST))
         self.end_ids = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else end_ids)
         self.max_tokens = min(params.max_tokens, max_context - len(self.prompt_ids))
         self.text = text
@@ -82,11 +85,12 @@ class Request:
             position=len(self.prompt_ids) + len(self.output_ids) - 1,
             temperature=min(p.temperature, _HOTTEST),
             top_k=min(max(0, p.top_k), _INT32_MAX),
-            top_p=max(p.top_p, _SMALLEST_TOP_P),
+            top_p=max(p.top_p, _SMALLEST),
             min_p=p.min_p,
             seed=self.seed,
             end_ids=tuple(sorted(self.end_ids)),
             banned_until=len(self.prompt_ids) + p.min_tokens,
+            penalties=self.penalties,
         )
 
     def accept(self, token: int, logits: torch.Tensor) -> None:

@@ -179,11 +179,16 @@ class ModelRunner:
             return Flight(on_host, logits, landed)
 
     def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
-        """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave."""
+        """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave; counts them too."""
         with inference(self.device):
             buffers = make_buffers(len(inputs), self.device)
             buffers.fill(inputs)
             return _sample(logits, buffers, self.cache.counts)
+
+    def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Say what the request of ``row`` has seen before it decodes, for its penalties; steps count on from there."""
+        with inference(self.device):
+            self.cache.count(row, prompt_ids, output_ids)
 
     def release(self, rows: list[int]) -> None:
         """Give the pages of ``rows`` back."""

@@ -24,6 +24,11 @@ class SamplingParams:
     top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this, in (0, 1]; 1: all.
     top_k: keep this many most likely tokens; 0 or -1: all. More than the vocabulary is the same as all.
     min_p: drop tokens less likely than this share of the most likely token's probability, in [0, 1]; 0: none.
+    presence_penalty: subtracted from the logit of each token that is in the output so far, in [-2, 2]; 0: none.
+    frequency_penalty: subtracted as many times as the token is in the output (up to 32767), in [-2, 2]; 0: none.
+    repetition_penalty: divides the logit of each token that is in prompt or output if it is positive, multiplies it if
+        it is negative, in (0, 2]; 1: none. It comes before the other two, and all three before the temperature: greedy
+        heeds them, and what logprobs reports is without them.
     max_tokens: tokens generated at most, in [1, 2**31].
     min_tokens: tokens generated before an end token or a stop may end the text, in [0, max_tokens].
     stop: one string or up to 16, each of 1 to 1024 characters; the text ends before the first one completed.
@@ -41,6 +46,9 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int = 256
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
@@ -53,6 +61,9 @@ class SamplingParams:
         self._set_float("temperature", 0.0, math.inf, "a finite number >= 0")
         self._set_float("top_p", math.ulp(0.0), 1.0, "a number in (0, 1]")
         self._set_float("min_p", 0.0, 1.0, "a number in [0, 1]")
+        self._set_float("presence_penalty", -2.0, 2.0, "a number in [-2, 2]")
+        self._set_float("frequency_penalty", -2.0, 2.0, "a number in [-2, 2]")
+        self._set_float("repetition_penalty", math.ulp(0.0), 2.0, "a number in (0, 2]")
         self._set_int("top_k", -1, None, "an integer >= 1, or 0 or -1 for all")
         self._set_int("max_tokens", 1, MAX_TOKENS, f"an integer in [1, {MAX_TOKENS}]")
         self._set_int("min_tokens", 0, self.max_tokens, f"an integer in [0, max_tokens = {self.max_tokens}]")
@@ -74,6 +85,12 @@ class SamplingParams:
     def stop_ids(self) -> tuple[int, ...]:
         """``stop_token_ids`` as the tuple that it has become."""
         return cast(tuple[int, ...], self.stop_token_ids)
+
+    @property
+    def penalties(self) -> tuple[float, float, float] | None:
+        """Presence, frequency and repetition penalty; None where they change nothing."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return None if penalties == (0.0, 0.0, 1.0) else penalties
 
     def _set_float(self, name: str, low: float, high: float, allowed: str) -> None:
         value = getattr(self, name)

@@ -83,6 +83,7 @@ def test_extreme_settings(bf16_model: fastdms.CompiledModel, temperature: float)
     [
         ("temperature", math.inf), ("temperature", math.nan), ("temperature", -1), ("temperature", "hot"),
         ("top_p", 0), ("top_p", -1), ("top_p", math.nan), ("top_k", -2), ("min_p", -0.1), ("min_p", 1.5),
+        ("presence_penalty", 2.1), ("frequency_penalty", math.nan), ("repetition_penalty", 0),
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 10**12), ("min_tokens", -1), ("seed", -1),
         ("logprobs", 10**9), ("logprobs", -1), ("stop", ""), ("stop", [""]), ("stop_token_ids", [-1]),
         ("stop_token_ids", [VOCAB_SIZE]), ("ignore_eos", "yes"), ("max_token", 5),

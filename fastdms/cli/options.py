@@ -45,6 +45,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     group.add_argument("--top-p", type=float, help="only the most likely tokens that together have this probability")
     group.add_argument("--top-k", type=int, help="only this many of the most likely tokens")
     group.add_argument("--min-p", type=float, help="only tokens with this share of the most likely one's probability")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="off the logit of each token of the output")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="the same, for each time that it is there")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="divides what is likely of prompt and output; 1: nothing"
+    )
     group.add_argument("--max-tokens", type=int, default=max_tokens, help="generate at most this many (%(default)s)")
     group.add_argument("--min-tokens", type=int, help="generate at least this many")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
