@@ -31,8 +31,8 @@ class Engine:
     requests on.
 
     run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on, and prefill
-    chunks before it is known whether the last found pages. What a row that turns out to have ended did in them is
-    dropped with its pages.
+    chunks before it is known whether the last found pages. A row that an end id ended does nothing in the step ahead;
+    what one did that ended otherwise is dropped with its pages.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
@@ -343,7 +343,8 @@ class Engine:
         row = _row(request)
         if self._flight is not None and request in self._flight[0]:
             self._flight[0][self._flight[0].index(request)] = None
-            lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
+            if not request.ended_by_id and request.error is None:
+                lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
         if not broken_off and lost_tokens <= self._prefill_chunk:  # of several chunks some may have been stored
             self._learn(request)

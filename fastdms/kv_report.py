@@ -16,7 +16,7 @@ class RowUsage:
     """One row: ``num_tokens`` seen, and how many each span kept: ``live_tokens`` int64 ``[L, Hkv]``.
 
     Seen are also the tokens of a step at which the row found no page, although not every span could take them, and on a
-    GPU the token of a step that had begun when the request turned out to have ended.
+    GPU the token of a step that had begun when the request ended by a stop string or was cancelled.
     """
 
     num_tokens: int

@@ -27,7 +27,8 @@ class Request:
     """State of one prompt: what is wanted, what the cache holds of it, and what came out.
 
     The cache is to hold the prompt and all generated tokens but the last, which the next decode step feeds.
-    ``row``: its cache row, None while it waits. ``computed``: tokens in the cache.
+    ``row``: its cache row, None while it waits. ``computed``: tokens in the cache. ``ended_by_id``: by one of
+    ``end_ids``, which the step that sampled it knew, too.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Request:
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.pieces: deque[StreamPiece] = deque()
         self.finish_reason: FinishReason | None = None
+        self.ended_by_id = False
         self.error: ValueError | None = None
         self.usage: RowUsage | None = None
 
@@ -99,9 +101,9 @@ class Request:
             self.logprobs.append(_top_logprobs(logits, token, self.params.logprobs or 0))
         self.output_ids.append(token)
         reason: FinishReason | None = None
-        ends = token in self.end_ids and len(self.output_ids) >= self.params.min_tokens
+        self.ended_by_id = token in self.end_ids and len(self.output_ids) >= self.params.min_tokens
         piece = self.text.push(token) if self.text else ""
-        if ends or (self.text is not None and self.text.stopped):
+        if self.ended_by_id or (self.text is not None and self.text.stopped):
             reason = "stop"
         elif len(self.output_ids) >= self.max_tokens:
             reason = "length"

@@ -117,10 +117,13 @@ class ModelRunner:
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
             starved = cache.starved.index_select(0, inputs.rows) != 0
-            tokens = torch.where(starved, STARVED, _sample(logits, inputs, cache.counts))
-            # What the same rows' next step begins with, if the host has nothing to say about it.
+            sampled, ends = _sample(logits, inputs, cache.counts)
+            tokens = torch.where(starved, STARVED, sampled)
+            # What the same rows' next step begins with, if the host has nothing to say about it: rows that have come to
+            # an end are padding.
+            ended = ends | (tokens < 0) | (inputs.positions < 0)
             inputs.tokens.copy_(tokens.clamp_min(0))
-            inputs.positions.add_(inputs.positions >= 0)
+            inputs.positions.copy_(torch.where(ended, -1, inputs.positions + 1))
             return tokens, logits
 
         with inference(self.device):
@@ -166,7 +169,8 @@ class ModelRunner:
     def decode(self, inputs: Sequence[RowInput] | None) -> Flight:
         """Start a step that feeds one token for each of ``inputs`` and samples the next.
 
-        None: for the rows of the last step, each fed what it sampled, which the host need not know yet.
+        None: for the rows of the last step, each fed what it sampled, which the host need not know yet; those that an
+        end id ended, or that gave no token, store nothing more.
         """
         with inference(self.device):
             tokens, logits = self.graphs.run_on() if inputs is None else self.graphs.run(inputs)
@@ -183,7 +187,7 @@ class ModelRunner:
         with inference(self.device):
             buffers = make_buffers(len(inputs), self.device)
             buffers.fill(inputs)
-            return _sample(logits, buffers, self.cache.counts)
+            return _sample(logits, buffers, self.cache.counts)[0]
 
     def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Say what the request of ``row`` has seen before it decodes, for its penalties; steps count on from there."""
@@ -230,8 +234,8 @@ def _state(decoder: Decoder, cache: CompactCache) -> dict[str, torch.Tensor]:
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers()), **own}
 
 
-def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> torch.Tensor:
-    tokens, _ = sample(
+def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, ends = sample(
         logits,
         temperature=inputs.temperature,
         top_k=inputs.top_k,
@@ -245,4 +249,4 @@ def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> 
         count_rows=inputs.count_rows,
         counts=counts,
     )
-    return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE)  # amax hands NaN on
+    return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE), ends  # amax hands NaN on

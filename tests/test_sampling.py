@@ -113,6 +113,7 @@ NEIGHBOURS = {
     "greedy": GREEDY,
     "otherwise seeded": replace(SEEDED, seed=8),
     "same seed": SEEDED,
+    "penalised": replace(SEEDED, presence_penalty=2, frequency_penalty=2, repetition_penalty=0.5),
     "hot": replace(UNSEEDED, temperature=100, top_k=3, logprobs=2),
 }
 
@@ -170,7 +171,7 @@ def test_a_seed_that_is_preempted(weights, seeded: list[int]) -> None:
 
 
 def test_logprobs_are_of_the_raw_distribution(weights) -> None:
-    """Neither temperature nor any filter nor a ban changes them; the chosen token is always among them."""
+    """Neither temperature nor any filter, penalty or ban changes them; the chosen token is always among them."""
     assert MASKED is not None
     settings = [
         replace(GREEDY, logprobs=5),
@@ -178,6 +179,7 @@ def test_logprobs_are_of_the_raw_distribution(weights) -> None:
         replace(SEEDED, logprobs=5, top_k=7, top_p=0.9, min_p=0.01),
         replace(SEEDED, logprobs=5, stop_token_ids=list(range(16)), min_tokens=32),
         replace(SEEDED, logprobs=0, temperature=5),
+        replace(SEEDED, logprobs=5, presence_penalty=2, frequency_penalty=-2, repetition_penalty=1.5),
         replace(SEEDED, logprobs=20),
     ]
     outside = 0

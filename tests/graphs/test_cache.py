@@ -173,12 +173,16 @@ def test_no_copy_of_the_cache_in_the_generated_code(made) -> None:
 def test_compiled_equals_eager(made) -> None:
     model, _, _ = made
     seeded = replace(GREEDY, temperature=0.8, seed=7, max_tokens=40)
+    penalised = replace(seeded, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.2)
     prompts = [tiny_tokens(length, seed=length) for length in (5, 70, 130)]
     with compiled(weights(), **OPTIONS) as eager:
-        for params in (GREEDY, seeded):
+        for params in (GREEDY, seeded, penalised):
             expected, actual = (many(either(prompts, params)) for either in (eager, model))
             assert [done.token_ids for done in actual] == [done.token_ids for done in expected]
             assert len(set(actual[0].token_ids)) > 5
+        counts = engine_of(model).cache.counts
+        assert counts.bool().any(-1).all()
+        assert torch.equal(counts, engine_of(eager).cache.counts)
         ids = tiny_tokens(150)
         for one_logits, other in zip(
             model.score_batch([ids, ids[:80]], [60, 9]), eager.score_batch([ids, ids[:80]], [60, 9]), strict=True
@@ -192,7 +196,8 @@ def test_serving_never_compiles(made) -> None:
     model, _, _ = made
     dice = random.Random(0)
     settings = [
-        GREEDY, replace(GREEDY, temperature=0.8, seed=3), replace(GREEDY, temperature=1.5, top_k=5, logprobs=4),
+        replace(GREEDY, presence_penalty=1), replace(GREEDY, temperature=0.8, seed=3),
+        replace(GREEDY, temperature=1.5, top_k=5, logprobs=4),
         replace(GREEDY, temperature=1, top_p=0.5, min_p=0.1, min_tokens=3, stop_token_ids=[9, 10]),
     ]  # fmt: skip
     before, counters_before = model.graphs.stats(), counters["stats"]["unique_graphs"]

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 MASKED = dms_config("nvidia", 7)
 STEPS = 200
 GREEDY = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
-SEEDED = replace(GREEDY, temperature=0.8, seed=7)
+SEEDED = replace(GREEDY, temperature=0.8, seed=7, frequency_penalty=0.1, repetition_penalty=1.2)
 OPTIONS: dict[str, Any] = {
     "device": "cuda", "dtype": "fp32", "kv_dtype": "fp32", "dms": MASKED, "max_concurrency": 8, "max_context": 512,
 }  # fmt: skip

@@ -24,7 +24,9 @@ LENGTHS = [5, 40, 12, 25, 3, 33]
 
 
 def params(n: int) -> SamplingParams:
-    drawn = {"temperature": 0.8, "seed": n} if n % 2 else {"temperature": 0}
+    drawn: dict[str, Any] = {"temperature": 0.8, "seed": n} if n % 2 else {"temperature": 0}
+    if n % 3:
+        drawn |= {"frequency_penalty": 0.5, "repetition_penalty": 1.2}
     return SamplingParams(**drawn, max_tokens=LENGTHS[n], ignore_eos=True)
 
 

@@ -1,0 +1,130 @@
+"""Rows that end while the step after has begun: what an end id ended stores nothing more, and all else is as before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import fastdms
+from fastdms.request import Request
+from fastdms.sampling_params import SamplingParams
+from tests.models import tiny_model, tiny_tokens
+from tests.running import Watch, check_idle, compiled, drain, engine_of, one, submit
+from tests.tiny_tokenizers import byte_level
+
+PROMPTS = [tiny_tokens(length, seed=length) for length in (40, 63, 5, 90)]
+GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def weights() -> PreTrainedModel:
+    return tiny_model("qwen3")
+
+
+@pytest.fixture(scope="module")
+def outputs(weights: PreTrainedModel) -> list[list[int]]:
+    with compiled(weights, dms="off", max_concurrency=1) as model:
+        return [one(model(prompt, GREEDY)).token_ids for prompt in PROMPTS]
+
+
+class Stored:
+    """``tokens``: of each row, all spans alike, as it was last given back. Nothing evicts here."""
+
+    def __init__(self, model: fastdms.CompiledModel) -> None:
+        self.tokens: dict[int, int] = {}
+        runner = engine_of(model).runner
+        release = runner.release
+
+        def seen(rows: list[int]) -> None:
+            for row in rows:
+                (self.tokens[row],) = set(runner.cache.live_len[:, row].flatten().tolist())
+            release(rows)
+
+        runner.release = seen  # type: ignore[method-assign]
+
+
+def run(model: fastdms.CompiledModel, params: list[SamplingParams]) -> tuple[list[Request], list[int]]:
+    """The requests of all prompts, run a step ahead, and what each row held when it left."""
+    Watch(model)
+    engine_of(model)._run_ahead = True
+    stored = Stored(model)
+    requests = [submit(model, prompt, each) for prompt, each in zip(PROMPTS, params, strict=True)]
+    engine_of(model).step()
+    rows = [request.row for request in requests]
+    drain(model, requests)
+    check_idle(model)
+    return requests, [stored.tokens[row] for row in rows if row is not None]
+
+
+@pytest.mark.parametrize("beyond", [None, 0, 1, 2])
+def test_an_end_id_stops_its_row_on_the_device(weights, outputs, beyond: int | None) -> None:
+    """All but the end token itself was fed and stored. ``beyond``: tokens from before it to
+    ``min_tokens``; where that bans it, the row goes on past it."""
+    params, places = [], []
+    for ids in outputs:
+        places.append(next(i for i in range(7, 30) if ids[i] not in ids[:i]))
+        least = 0 if beyond is None else places[-1] + beyond
+        params.append(replace(GREEDY, stop_token_ids=[299, ids[places[-1]]], min_tokens=least))
+    params[3] = GREEDY  # goes on beside them
+    with compiled(weights, dms="off") as model:
+        requests, stored = run(model, params)
+    with compiled(weights, dms="off") as model:
+        settled = [one(model(prompt, each)) for prompt, each in zip(PROMPTS, params, strict=True)]
+    for request, done, held in zip(requests, settled, stored, strict=True):
+        assert (request.output_ids, request.finish_reason) == (done.token_ids, done.finish_reason)
+        assert request.usage is not None
+        assert request.usage.num_tokens == held == done.kv.tokens == len(request.prompt_ids) + len(done.token_ids) - 1
+    for request, ids, place in zip(requests[:3], outputs, places, strict=False):
+        if beyond in (None, 0):
+            assert (request.output_ids, request.finish_reason) == (ids[: place + 1], "stop")
+        else:
+            assert len(request.output_ids) > place + 1
+
+
+def test_the_models_own_end(weights, outputs) -> None:
+    """And none of it where the request ignores it."""
+    end = next(i for i in range(5, 30) if outputs[0][i] not in outputs[0][:i])
+    weights.config.eos_token_id = outputs[0][end]
+    try:
+        with compiled(weights, dms="off") as model:
+            requests, stored = run(model, [replace(GREEDY, ignore_eos=False), *[GREEDY] * 3])
+    finally:
+        weights.config.eos_token_id = 2
+    assert requests[0].output_ids == outputs[0][: end + 1]
+    assert [request.output_ids for request in requests[1:]] == outputs[1:]
+    assert stored == [len(ids) + n - 1 for ids, n in zip(PROMPTS, (end + 1, 30, 30, 30), strict=True)]
+
+
+def test_a_stop_string_is_the_hosts_to_see(weights) -> None:
+    """The step ahead stores one more token, and the report says so."""
+    with compiled(weights, dms="off", tokenizer=byte_level()) as model:
+        text = one(model(PROMPTS[0], GREEDY)).text
+        stop = replace(GREEDY, stop=text[6:9])
+        settled = one(model(PROMPTS[0], stop))
+        assert settled.finish_reason == "stop"
+        requests, stored = run(model, [stop, *[GREEDY] * 3])
+    assert requests[0].output_ids == settled.token_ids
+    assert requests[0].usage is not None
+    assert requests[0].usage.num_tokens == stored[0] == settled.kv.tokens + 1
+
+
+def test_logits_that_are_not_finite_end_their_row(weights) -> None:
+    with compiled(weights, dms="off") as model:
+        engine = engine_of(model)
+        engine._run_ahead = True
+        stored = Stored(model)
+        requests = [submit(model, prompt, GREEDY) for prompt in PROMPTS[:2]]
+        for _ in range(8):
+            engine.step()
+        head = engine.runner.decoder.lm_head.weight
+        with torch.no_grad():
+            head.fill_(torch.nan)
+        drain(model, requests)
+        check_idle(model)
+    for row, request in enumerate(requests):
+        assert request.error is not None
+        assert request.usage is not None
+        assert request.usage.num_tokens == stored.tokens[row] == len(request.prompt_ids) + len(request.output_ids)
