@@ -23,9 +23,9 @@ class Engine:
 
     Admission counts pages that a prompt is expected to keep, with one page per span in reserve for every row that
     runs; a request that finds nothing running is always let in. A row that finds no page is released, and its
-    request waits to be recomputed; its tokens come out the same, since they hang on seed and position (with bf16 or
-    fp8 KV up to rounding: a chunk sees its own keys unrounded). So does every row when a step is broken off by an
-    exception, for its spans may be half written.
+    request waits to be recomputed; its tokens come out the same, since they hang on seed, position and the text so far
+    (with bf16 or fp8 KV up to rounding: a chunk sees its own keys unrounded). So does every row when a step is broken
+    off by an exception, for its spans may be half written.
 
     Threads may share an engine: what touches rows or the cache happens inside ``alone``, and whoever steps carries all
     requests on.
