@@ -1,4 +1,4 @@
-"""Triton backend of sample: the largest logit by slices, then a program per row, with several passes if it draws."""
+"""Triton backend of sample: the largest logit by slices, then the draw."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
@@ -9,40 +9,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.sample.counts import MOST_COUNTED
-from fastdms.ops.sample.reference import LARGEST_UNIFORM
+from fastdms.ops.sample.draw_kernel import PARTS, WAYS, _draw_kernel
 from fastdms.ops.triton_common import dependent_launch
 
-_LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 _MOST_COUNTED = tl.constexpr(MOST_COUNTED)
-_INFINITY_BITS = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def _mass_within(scratch_ptr, bits, limit, vocab, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Number (COUNT) or unnormalised probability of the tokens whose distance has at most ``bits`` and ``limit``."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, vocab, BLOCK):
-        o_v = first + tl.arange(0, BLOCK)
-        distance = tl.load(scratch_ptr + o_v, mask=o_v < vocab, other=float("inf"))
-        key = distance.to(tl.int32, bitcast=True)
-        weight = tl.exp(-distance)
-        if COUNT:
-            weight = tl.full([BLOCK], 1.0, tl.float32)
-        total += tl.where((key <= bits) & (key <= limit) & (o_v < vocab), weight, 0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _smallest_within(scratch_ptr, wanted, limit, vocab, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Smallest bit pattern whose tokens reach ``wanted``: non-negative floats are ordered as their bits are."""
-    low = limit * 0
-    high = limit
-    while low < high:
-        middle = low + (high - low) // 2
-        enough = _mass_within(scratch_ptr, middle, limit, vocab, COUNT, BLOCK) >= wanted
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
-    return high
 
 
 @triton.jit
@@ -58,6 +28,7 @@ def _best_kernel(
     scratch_ptr,
     best_ptr,
     tokens_ptr,
+    meetings_ptr,
     stride_logits_row,
     vocab,
     num_end_ids,
@@ -65,6 +36,7 @@ def _best_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """best, token = max x_i, argmax x_i over the slice's i; scratch holds x, penalised, and -inf where i is banned.
+    Programs of the row have met 0 times.
 
     NaN counts as -inf here, so that best equals itself and token is an id whatever the logits.
     """
@@ -97,102 +69,10 @@ def _best_kernel(
     drawn = tl.where(temperature > 0.0, vocab, 0)  # the others are done with the largest
     tl.store(scratch_ptr + i_b * vocab + o_v, x, mask=o_v < drawn)
     best, token = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
+    tl.store(meetings_ptr + i_b, 0, mask=i_s == 0)
     partial = i_b * tl.num_programs(1) + i_s
     tl.store(best_ptr + partial, best)
     tl.store(tokens_ptr + partial, i_s * BLOCK + token)
-
-
-@triton.jit
-def _sample_kernel(
-    best_ptr,
-    tokens_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seeds_ptr,
-    positions_ptr,
-    end_ids_ptr,
-    banned_until_ptr,
-    count_rows_ptr,
-    counts_ptr,
-    scratch_ptr,
-    out_ptr,
-    ends_ptr,
-    vocab,
-    num_slices,
-    num_end_ids,
-    SLICES: tl.constexpr,
-    END_IDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """argmax_i log p_i - log e_i over the kept i; scratch's x_i become the distances (max - x_i) / temperature.
-
-    Top-k, top-p and min-p each bound the distance; min-p by -log(min_p), for near the maximum exp rounds to 1.
-    The token is counted where its row's tokens are, and ends the row if it is one of the ids that do.
-    """
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
-    i_b = tl.program_id(0).to(tl.int64)
-    scratch_ptr += i_b * vocab
-    o_block = tl.arange(0, BLOCK)
-    o_s = tl.arange(0, SLICES)
-    m_s = o_s < num_slices
-    slice_best = tl.load(best_ptr + i_b * num_slices + o_s, mask=m_s, other=-float("inf"))
-    slice_token = tl.load(tokens_ptr + i_b * num_slices + o_s, mask=m_s, other=0)
-    o_e = tl.arange(0, END_IDS)
-    end_ids = tl.load(end_ids_ptr + i_b * num_end_ids + o_e, mask=o_e < num_end_ids, other=-1)
-    banned_until = tl.load(banned_until_ptr + i_b)
-    count_row = tl.load(count_rows_ptr + i_b).to(tl.int64)
-    position = tl.load(positions_ptr + i_b)
-    temperature = tl.load(temperature_ptr + i_b)
-    best = tl.max(slice_best, 0)
-    token = tl.min(tl.where(slice_best == best, slice_token, vocab), 0)
-
-    if temperature > 0.0:
-        for first in range(0, vocab, BLOCK):
-            m_v = first + o_block < vocab
-            x = tl.load(scratch_ptr + first + o_block, mask=m_v, other=0.0)
-            tl.store(scratch_ptr + first + o_block, tl.abs(tl.div_rn(x - best, temperature)), mask=m_v)
-        tl.debug_barrier()
-        limit = position * 0 + _INFINITY_BITS
-        top_k = tl.load(top_k_ptr + i_b)
-        if (top_k > 0) & (top_k < vocab):
-            limit = _smallest_within(scratch_ptr, top_k.to(tl.float32), limit, vocab, True, BLOCK)
-        top_p = tl.load(top_p_ptr + i_b)
-        if top_p < 1.0:
-            total = _mass_within(scratch_ptr, limit, limit, vocab, False, BLOCK)
-            limit = _smallest_within(scratch_ptr, top_p * total, limit, vocab, False, BLOCK)
-        min_p = tl.load(min_p_ptr + i_b)
-        if min_p > 0.0:
-            limit = tl.minimum(limit, tl.abs(tl.log(min_p)).to(tl.int32, bitcast=True))
-        seed = tl.load(seeds_ptr + i_b)
-
-        best = -float("inf")
-        token = 0
-        for first in range(0, vocab, BLOCK):
-            o_v = first + o_block
-            distance = tl.load(scratch_ptr + o_v, mask=o_v < vocab, other=float("inf"))
-            zero = o_v * 0
-            bits, _, _, _ = tl.philox(seed, o_v, zero + position, zero, zero)
-            u = bits.to(tl.uint32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-            u = tl.minimum(u, _LARGEST_UNIFORM)
-            series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
-            noise = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
-            keep = (distance.to(tl.int32, bitcast=True) <= limit) & (o_v < vocab)
-            score = tl.where(keep, -distance - tl.log(noise), -float("inf"))
-            block_best, block_token = tl.max(score, 0, return_indices=True)
-            token = tl.where(block_best > best, first + block_token, token)
-            best = tl.maximum(best, block_best)
-    tl.store(out_ptr + i_b, token.to(tl.int64))
-    is_end_id = tl.max((end_ids == token).to(tl.int32), 0) > 0
-    tl.store(ends_ptr + i_b, is_end_id & (position + 1 >= banned_until))
-    if count_row >= 0:
-        count_ptr = counts_ptr + count_row * vocab + token
-        count = tl.load(count_ptr).to(tl.int32)
-        tl.store(count_ptr, tl.where((count & _MOST_COUNTED) < _MOST_COUNTED, count + 1, count).to(tl.int16))
 
 
 def sample(
@@ -221,14 +101,30 @@ def sample(
     slices = triton.cdiv(vocab, block)
     scratch = logits.new_empty((batch, vocab))
     best, tokens = logits.new_empty((batch, slices)), logits.new_empty((batch, slices), dtype=torch.int32)
+    programs = _draw_programs(batch, logits.device)
+    meetings = logits.new_empty(batch, dtype=torch.int32)
+    sums = logits.new_empty((batch, 2, PARTS.value, WAYS.value))
+    drawn, drawn_tokens = logits.new_empty((batch, programs)), tokens.new_empty((batch, programs))
     dependent = dependent_launch(logits.device)
     _best_kernel[(batch, slices)](
         logits, temperature, positions, end_ids, banned_until, penalties, count_rows, counts, scratch, best, tokens,
-        logits.stride(0), vocab, num_end_ids, BLOCK=block, num_warps=8, enable_fp_fusion=False, **dependent,
+        meetings, logits.stride(0), vocab, num_end_ids, BLOCK=block, num_warps=8, enable_fp_fusion=False, **dependent,
     )  # fmt: skip
-    _sample_kernel[(batch,)](
+    _draw_kernel[(batch, programs)](
         best, tokens, temperature, top_k, top_p, min_p, seeds, positions, end_ids, banned_until, count_rows, counts,
-        scratch, out, ends, vocab, slices, num_end_ids, SLICES=triton.next_power_of_2(slices),
-        END_IDS=triton.next_power_of_2(max(1, num_end_ids)), BLOCK=block, num_warps=8, **dependent,
+        scratch, meetings, sums, drawn, drawn_tokens, out, ends, vocab, slices, num_end_ids,
+        SLICES=triton.next_power_of_2(slices), END_IDS=triton.next_power_of_2(max(1, num_end_ids)), PROGRAMS=programs,
+        BLOCK=min(1024, block), num_warps=8, **dependent,
     )  # fmt: skip
     return out, ends
+
+
+def _draw_programs(batch: int, device: torch.device) -> int:
+    """Programs that share a row's draw: as they wait for each other, no more than run at once, one a multiprocessor.
+
+    The interpreter runs one after the other.
+    """
+    if device.type != "cuda":
+        return 1
+    most = torch.cuda.get_device_properties(device).multi_processor_count // batch
+    return 1 << (min(PARTS.value, max(1, most)).bit_length() - 1)
