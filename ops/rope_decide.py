@@ -6,7 +6,7 @@ import torch
 
 from fastdms.ops.span_cache import check, check_heads, check_ints
 
-__all__ = ["ZERO_MODES", "check_tokens", "decision_constants", "head_norm", "rope_and_decide", "rotate"]
+__all__ = ["ZERO_MODES", "check_tokens", "decision_constants", "head_norm", "rope_and_decide", "rotate", "zero_mode"]
 
 ZERO_MODES = ("none", "pre_rope", "pre_and_post_rope")
 
@@ -19,9 +19,16 @@ def decision_constants(alpha_scale: float, alpha_offset: float) -> tuple[float, 
     return (1.0, alpha_offset / alpha_scale) if alpha_scale > 0 else (alpha_scale, alpha_offset)
 
 
+def zero_mode(zero_borrowed: str) -> int:
+    """What the ops take: the index in ``ZERO_MODES``."""
+    if zero_borrowed not in ZERO_MODES:
+        raise ValueError(f"zero_borrowed must be one of {ZERO_MODES}, got {zero_borrowed!r}")
+    return ZERO_MODES.index(zero_borrowed)
+
+
 def check_tokens(
     q: torch.Tensor, k: torch.Tensor, *, alpha: torch.Tensor | None, q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, zero_borrowed: str,
+    k_norm: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor,
 ) -> None:  # fmt: skip
     """Refuse tokens that can't be rotated and decided about; shapes and dtypes only."""
     check_heads(q=q, k=k)
@@ -42,7 +49,6 @@ def check_tokens(
     check((q_norm is None) == (k_norm is None), "q_norm and k_norm come together")
     for norm in (q_norm, k_norm):
         check(norm is None or (norm.shape == (head_dim,) and norm.is_contiguous()), f"norms must be [{head_dim}]")
-    check(zero_borrowed in ZERO_MODES, f"zero_borrowed must be one of {ZERO_MODES}, got {zero_borrowed!r}")
 
 
 def head_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

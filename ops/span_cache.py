@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["KV_DTYPES", "SpanCache", "check", "check_batch", "check_cache", "check_heads", "check_ints"]
+__all__ = [
+    "KV_DTYPES", "SpanCache", "check", "check_cache", "check_heads", "check_ints", "check_queries", "check_spans",
+]  # fmt: skip
 
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -76,30 +78,39 @@ def check_ints(dims: int, **tensors: torch.Tensor) -> None:
 
 def check_cache(cache: SpanCache) -> None:
     """Refuse a cache whose tensors don't fit each other; shapes and dtypes only, so that it traces without guards."""
-    pages = cache.k_pages
+    check_spans(*cache[:6])
+    check_ints(3, ring=cache.ring)
+    check_ints(1, free_pages=cache.free_pages, num_free=cache.num_free, starved=cache.starved)
+    spans, num_pages = cache.live_len.shape, cache.k_pages.shape[:1]
+    check(cache.ring.shape[:2] == spans, "ring must be [R, Hkv, W + 1]")
+    check(cache.free_pages.shape == num_pages and cache.starved.shape == spans[:1], "free_pages [P], starved [R]")
+
+
+def check_spans(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, k_scales: torch.Tensor, v_scales: torch.Tensor,
+    page_table: torch.Tensor, live_len: torch.Tensor,
+) -> None:  # fmt: skip
+    """The part of ``check_cache`` that is about what spans hold."""
     check(
-        pages.dim() == 3 and pages.shape == cache.v_pages.shape and pages.dtype == cache.v_pages.dtype,
+        k_pages.dim() == 3 and k_pages.shape == v_pages.shape and k_pages.dtype == v_pages.dtype,
         "k_pages and v_pages must be [P, S, D] alike",
     )
-    check(pages.dtype in _PAGE_DTYPES, f"pages must be one of {_PAGE_DTYPES}, got {pages.dtype}")
-    for tensor in cache[:4]:
+    check(k_pages.dtype in _PAGE_DTYPES, f"pages must be one of {_PAGE_DTYPES}, got {k_pages.dtype}")
+    for tensor in (k_pages, v_pages, k_scales, v_scales):
         check(tensor.is_contiguous(), "k_pages, v_pages, k_scales and v_scales must be contiguous")
-    scales = pages.shape[:2] if pages.dtype == torch.float8_e4m3fn else (0,)
-    check(cache.k_scales.shape == scales == cache.v_scales.shape, f"scales must be {tuple(scales)} for {pages.dtype}")
-    check_ints(3, page_table=cache.page_table, ring=cache.ring)
-    check_ints(2, live_len=cache.live_len)
-    check_ints(1, free_pages=cache.free_pages, num_free=cache.num_free, starved=cache.starved)
-    spans = cache.live_len.shape
-    check(cache.page_table.shape[:2] == spans, "page_table must be [R, Hkv, max_pages]")
-    check(cache.ring.shape[:2] == spans, "ring must be [R, Hkv, W + 1]")
-    check(cache.free_pages.shape == pages.shape[:1] and cache.starved.shape == spans[:1], "free_pages [P], starved [R]")
+    scales = k_pages.shape[:2] if k_pages.dtype == torch.float8_e4m3fn else (0,)
+    check(k_scales.shape == scales == v_scales.shape, f"scales must be {tuple(scales)} for {k_pages.dtype}")
+    check_ints(3, page_table=page_table)
+    check_ints(2, live_len=live_len)
+    check(page_table.shape[:2] == live_len.shape, "page_table must be [R, Hkv, max_pages]")
 
 
-def check_batch(cache: SpanCache, q: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
-    """``check_cache``, and refuse queries that don't fit it."""
-    check_cache(cache)
+def check_queries(
+    q: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, k_pages: torch.Tensor, live_len: torch.Tensor
+) -> None:
+    """Refuse queries that don't fit the spans."""
     check_heads(q=q)
     check_ints(1, positions=positions, rows=rows)
-    head_dim, num_kv_heads = cache.k_pages.shape[2], cache.live_len.shape[1]
+    head_dim, num_kv_heads = k_pages.shape[2], live_len.shape[1]
     check(q.shape[2] == head_dim, f"q has head_dim {q.shape[2]}, the pages {head_dim}")
     check(q.shape[1] % num_kv_heads == 0, f"{q.shape[1]} query heads are no multiple of {num_kv_heads} KV heads")

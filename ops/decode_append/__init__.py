@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastdms.ops.decode_append import schema as _schema  # noqa: F401  (defines the op)
-from fastdms.ops.rope_decide import ZERO_MODES, check_tokens
-from fastdms.ops.span_cache import SpanCache, check, check_batch, check_heads
+from fastdms.ops.rope_decide import zero_mode
+from fastdms.ops.span_cache import SpanCache
 
 __all__ = ["decode_append"]
 
@@ -46,18 +46,6 @@ def decode_append(
     as it was and ``starved[row]`` becomes 1; rows already starved are left alone.
     Raises ValueError on shapes or dtypes that don't fit.
     """
-    check_batch(cache, q, positions, rows)
-    check_tokens(
-        q, k, alpha=alpha, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, positions=positions,
-        zero_borrowed=zero_borrowed,
-    )  # fmt: skip
-    check_heads(v=v)
-    check(
-        k.shape == v.shape and k.shape[1] == cache.live_len.shape[1],
-        f"k, v must be [B, {cache.live_len.shape[1]}, D], got {tuple(k.shape)} and {tuple(v.shape)}",
-    )
-    check(rows.shape == positions.shape, f"positions and rows must be [{q.shape[0]}], got {tuple(rows.shape)}")
-    check(shift in (0, 1), f"shift must be 0 or 1, got {shift!r}")
     out: torch.Tensor = torch.ops.fastdms.decode_append.default(
         q,
         k,
@@ -73,6 +61,6 @@ def decode_append(
         norm_eps,
         *decision,
         shift,
-        ZERO_MODES.index(zero_borrowed),
+        zero_mode(zero_borrowed),
     )
     return out

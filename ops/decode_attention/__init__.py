@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdms.ops.decode_attention import schema as _schema  # noqa: F401  (defines the op)
-from fastdms.ops.span_cache import SpanCache, check, check_batch
+from fastdms.ops.span_cache import SpanCache
 
 __all__ = ["decode_attention"]
 
@@ -20,11 +20,6 @@ def decode_attention(
     rows must not be what the kernel launched just before writes: they are read before it is waited for.
     Raises ValueError on shapes or dtypes that don't fit.
     """
-    check_batch(cache, q, positions, rows)
-    check(
-        positions.shape == rows.shape == q.shape[:1],
-        f"positions and rows must be [{q.shape[0]}], got {tuple(positions.shape)} and {tuple(rows.shape)}",
-    )
     out: torch.Tensor = torch.ops.fastdms.decode_attention.default(
         q, positions, rows, *cache[:4], cache.page_table, cache.live_len, sm_scale
     )

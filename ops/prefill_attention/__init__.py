@@ -6,7 +6,7 @@ import torch
 
 from fastdms.ops.chunk import check_chunk
 from fastdms.ops.prefill_attention import schema as _schema  # noqa: F401  (defines the op)
-from fastdms.ops.span_cache import SpanCache, check, check_batch
+from fastdms.ops.span_cache import SpanCache, check, check_cache, check_queries
 
 __all__ = ["prefill_attention"]
 
@@ -36,7 +36,8 @@ def prefill_attention(
         continuing what the row holds.
     Raises ValueError on shapes or dtypes that don't fit.
     """
-    check_batch(cache, q, positions, rows)
+    check_cache(cache)
+    check_queries(q, positions, rows, cache.k_pages, cache.live_len)
     check_chunk(cache, k, v, decisions, positions, rows, chunk_indptr, shift)
     check(q.shape[0] == k.shape[0], f"q and k must have as many tokens, got {q.shape[0]} and {k.shape[0]}")
     out: torch.Tensor = torch.ops.fastdms.prefill_attention.default(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdms.ops.prefill_rope import schema as _schema  # noqa: F401  (defines the op)
-from fastdms.ops.rope_decide import ZERO_MODES, check_tokens
+from fastdms.ops.rope_decide import check_tokens, zero_mode
 
 __all__ = ["prefill_rope"]
 
@@ -30,11 +30,8 @@ def prefill_rope(
     shift 1, about token t - 1. Padding (position -1) rotates as position 0 and is meaningless.
     Raises ValueError on shapes or dtypes that don't fit.
     """
-    check_tokens(
-        q, k, alpha=alpha, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, positions=positions,
-        zero_borrowed=zero_borrowed,
-    )  # fmt: skip
+    check_tokens(q, k, alpha=alpha, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, positions=positions)
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.fastdms.prefill_rope.default(
-        q, k, alpha, q_norm, k_norm, cos, sin, positions, norm_eps, *decision, ZERO_MODES.index(zero_borrowed)
+        q, k, alpha, q_norm, k_norm, cos, sin, positions, norm_eps, *decision, zero_mode(zero_borrowed)
     )
     return out

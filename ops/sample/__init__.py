@@ -6,7 +6,6 @@ import torch
 
 from fastdms.ops.sample import schema as _schema  # noqa: F401  (defines the op)
 from fastdms.ops.sample.counts import count_tokens
-from fastdms.ops.span_cache import check
 
 __all__ = ["count_tokens", "sample"]
 
@@ -49,31 +48,6 @@ def sample(
     counts: ``[R, V]`` int16, mutated; a row is what ``count_tokens`` makes.
     Raises ValueError on shapes or dtypes that don't fit.
     """
-    batch = logits.shape[0]
-    check(
-        logits.dim() == 2 and logits.dtype == torch.float32,
-        f"logits must be fp32 [B, V], got {logits.dtype} {tuple(logits.shape)}",
-    )
-    expected = {
-        torch.float32: (temperature, top_p, min_p),
-        torch.int32: (top_k, positions, banned_until, count_rows),
-        torch.int64: (seeds,),
-    }
-    for dtype, tensors in expected.items():
-        for t in tensors:
-            check(
-                t.dtype == dtype and t.shape == (batch,) and t.is_contiguous(),
-                f"sampling tensors must be {dtype} [{batch}] here, got {t.dtype} {tuple(t.shape)}",
-            )
-    check(end_ids.dtype == torch.int32 and end_ids.shape[:1] == (batch,), "end_ids must be int32 [B, K]")
-    check(
-        penalties.dtype == torch.float32 and penalties.shape == (batch, 3) and penalties.is_contiguous(),
-        f"penalties must be torch.float32 [{batch}, 3] here, got {penalties.dtype} {tuple(penalties.shape)}",
-    )
-    check(
-        counts.dtype == torch.int16 and counts.shape[1:] == logits.shape[1:] and counts.is_contiguous(),
-        f"counts must be torch.int16 [R, {logits.shape[1]}] here, got {counts.dtype} {tuple(counts.shape)}",
-    )
     out: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastdms.sample.default(
         logits, temperature, top_k, top_p, min_p, seeds, positions, end_ids, banned_until, penalties, count_rows, counts
     )
