@@ -16,7 +16,7 @@ from fastdms.graphs.bucket import choose_bucket
 from fastdms.graphs.buffers import Columns, RowInput, StepBuffers, make_buffers
 from fastdms.graphs.capture import GraphRecorder, Recorder
 from fastdms.graphs.chunk_graphs import ChunkBuffers, ChunkGraphs, Prefill, RowChunk, chunk_sizes
-from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step
+from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step, mark_batch, tracing
 from fastdms.graphs.key import GraphKey, machine_key, step_inputs
 from fastdms.graphs.report import format_report
 
@@ -98,6 +98,7 @@ class GraphCache:
         self._chunks: ChunkGraphs | None = None
         self._chunk_addresses: Mapping[str, int] = {}
         self._backend = CountingBackend(backend)  # the compiler never forgets it, so it holds nothing of this object
+        self._compiled = None if mode == "eager" else compile_step(step, self._backend)
         self._artifacts = Artifacts(artifacts if mode != "eager" else None)
         largest, machine = make_buffers(max(buckets), device), machine_key(device)
         self._buckets = {
@@ -196,7 +197,8 @@ class GraphCache:
         self._entries.clear()
         for bucket in self._buckets.values():
             bucket.code = None
-        self._step, self._state, self._recorder, self._chunks = None, dict, None, None
+        self._step = self._compiled = self._recorder = self._chunks = None
+        self._state = dict
 
     def _entry(self, bucket: _Bucket) -> _Entry:
         entry = self._entries.pop(bucket.key, None)
@@ -240,16 +242,17 @@ class GraphCache:
         return entry
 
     def _make_code(self, inputs: StepBuffers) -> Callable[[], StepOutput]:
-        step = self._step
+        step, compiled = self._step, self._compiled
         if step is None:
             raise ValueError("this graph cache is closed")
-        if self._mode == "eager":
+        if compiled is None:
             return lambda: step(inputs)
-        compiled = compile_step(step, self._backend)
-        if self._recorder is None:
-            compiled(inputs)
-        else:
-            self._recorder.warm_up(lambda: compiled(inputs))
+        mark_batch(inputs)
+        with tracing(any_size=True):
+            if self._recorder is None:
+                compiled(inputs)
+            else:
+                self._recorder.warm_up(lambda: compiled(inputs))
         return lambda: compiled(inputs)
 
     def _record(self, bucket: _Bucket, code: Callable[[], StepOutput]) -> _Entry:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx.passes.split_module import split_module
 
-__all__ = ["compile_pieces"]
+__all__ = ["Compiled", "compile_pieces"]
 
 Compiled = Callable[..., Any]
 _VIEWS = 0  # the part that takes each layer's views of the cache; it launches nothing
