@@ -13,7 +13,7 @@ _HEADER = 4  # integers of a span's plan before its freed slots: stored, live, n
 _PLAN_HEADER = tl.constexpr(_HEADER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages"])
 def _plan_kernel(
     decisions_ptr,
     positions_ptr,
@@ -129,7 +129,7 @@ def _plan_kernel(
                     tl.store(before, (tl.load(before) & ~1) | completed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _fill_kernel(
     k_ptr,
     v_ptr,
@@ -226,11 +226,12 @@ def _fill_kernel(
 def _tiles(tokens: int, num_chunks: int, head_dim: int) -> tuple[int, int, int, int, int]:
     """Tokens of a tile, tokens and warps of a plan's turn, survivors and warps of a fill program.
 
-    Few programs plan, so each is wide: it takes a chunk of up to four times the average length in one turn.
+    Few programs plan, so each is wide: it takes a chunk of up to four times the average length in one turn. A turn of
+    128 serves all shorter chunks, so that one kernel is compiled for them.
     """
     average = triton.cdiv(tokens, num_chunks)
     tile = min(256, max(32, triton.next_power_of_2(average)))
-    turn = max(tile, min(8192, triton.next_power_of_2(tokens), triton.next_power_of_2(4 * average)))
+    turn = max(128, tile, min(8192, triton.next_power_of_2(tokens), triton.next_power_of_2(4 * average)))
     return tile, turn, max(1, turn // 512), 32 if head_dim <= 128 else 16, 4
 
 
