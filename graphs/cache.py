@@ -115,6 +115,7 @@ class GraphCache:
         self._entries: dict[GraphKey, _Entry] = {}  # least recently used first
         self._hits = self._misses = self._evictions = self._pool_bytes = 0
         self._compiles_at_start: int | None = None
+        self._trace_seconds = self._capture_seconds = 0.0
         # What the buffers, which all buckets share, were last filled with, and for how many rows.
         self._held: tuple[_Bucket, Columns] | None = None
         self._num_rows = 0
@@ -166,6 +167,8 @@ class GraphCache:
         or had to make it. evictions: entries dropped for the memory limit. pool_bytes: of the pool that all steps'
         graphs share. artifacts: see ``Artifacts.state``. chunks: ``ChunkGraphs.stats``, None without any. By bucket:
         runs, padded_rows, bucket_captures, seconds spent making entries, and the bytes that each held entry keeps.
+        Of these seconds were trace_seconds spent by dynamo, compile_seconds by the compiler behind it (or loading what
+        it once made) and capture_seconds by capturing; what is left, by first runs, in which Triton compiles.
         """
         buckets, held = self._buckets.items(), self._entries
         started = self._compiles_at_start
@@ -180,6 +183,9 @@ class GraphCache:
             "evictions": self._evictions,
             "pool_bytes": self._pool_bytes,
             "artifacts": self._artifacts.state,
+            "trace_seconds": self._trace_seconds,
+            "compile_seconds": self._backend.compile_seconds,
+            "capture_seconds": self._capture_seconds,
             "chunks": None if self._chunks is None else self._chunks.stats(),
             "runs": {size: bucket.runs for size, bucket in buckets},
             "padded_rows": {size: bucket.padded_rows for size, bucket in buckets},
@@ -248,16 +254,20 @@ class GraphCache:
         if compiled is None:
             return lambda: step(inputs)
         mark_batch(inputs)
+        began = time.perf_counter()
         with tracing(any_size=True):
             if self._recorder is None:
                 compiled(inputs)
             else:
                 self._recorder.warm_up(lambda: compiled(inputs))
+        self._trace_seconds += self._backend.compile_began - began
         return lambda: compiled(inputs)
 
     def _record(self, bucket: _Bucket, code: Callable[[], StepOutput]) -> _Entry:
         assert self._recorder is not None
+        began = time.perf_counter()
         replay, (tokens, logits), bucket.kept_bytes, pool_bytes = self._recorder.record(code)
+        self._capture_seconds += time.perf_counter() - began
         bucket.captures += 1
         self._pool_bytes += pool_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,11 +27,13 @@ _names = itertools.count()
 class CountingBackend:
     """A compiler backend by name. What is traced it compiles for each batch size that comes, without any symbol.
 
-    compiles: also those that a failed guard brings about while serving.
+    compiles: also those that a failed guard brings about while serving. compile_seconds: of them all. compile_began:
+    when the last of them did, by ``perf_counter``; what was traced for it was traced before.
     """
 
     def __init__(self, name: str) -> None:
         self.compiles = 0
+        self.compile_seconds = self.compile_began = 0.0
         self._compile = torch._inductor.compile if name == "inductor" else torch._dynamo.lookup_backend(name)
 
     def __call__(self, graph: torch.fx.GraphModule, _: list[Any]) -> Compiled:
@@ -40,8 +43,10 @@ class CountingBackend:
             sizes = tuple(argument for argument in arguments if isinstance(argument, int))
             if sizes not in compiled:
                 self.compiles += 1
+                self.compile_began = time.perf_counter()
                 with tracing(any_size=False):
                     compiled[sizes] = compile_pieces(*specialise(graph, arguments), self._compile)
+                self.compile_seconds += time.perf_counter() - self.compile_began
             return compiled[sizes](*(argument for argument in arguments if not isinstance(argument, int)))
 
         return run

@@ -49,6 +49,10 @@ def test_traced_once_for_each_path(step: Step, traces: int) -> None:
             assert torch.equal(mine, other)
     stats = graphs.stats()
     assert (stats["compiles"], stats["recompiles"]) == (4, 0)
+    known = [stats[f"{part}_seconds"] for part in ("trace", "compile", "capture")]
+    assert known[0] > 0 < known[1]
+    assert known[2] == 0, "this mode captures nothing"
+    assert sum(known) <= sum(stats["seconds"].values())
 
 
 def test_a_single_bucket() -> None:

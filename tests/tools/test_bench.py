@@ -178,6 +178,9 @@ def test_start_runs_cold_then_warm(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["buckets"] == [1, 2]
         assert 0 < row["ready_s"] < row["process_s"]
         assert (row["mode"], row["artifacts"]) == ("eager", "off")
+        parts = [row[f"{part}_s"] for part in ("weights", "trace", "compile", "warm_up", "capture", "chunks")]
+        assert sum(parts) == pytest.approx(row["ready_s"], abs=0.01)
+        assert parts[1:] == [0.0] * 5, "in mode eager nothing is made"
 
 
 def test_a_cold_start_finds_empty_caches_and_a_warm_one_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +197,9 @@ def test_a_cold_start_finds_empty_caches_and_a_warm_one_the_same(monkeypatch: py
     monkeypatch.setattr(subprocess, "run", run)
     rows = list(start.measure_starts(EngineSettings(shape="tiny", repeats=2)))
     assert [(row["state"], row["repeats"]) for row in rows] == [("cold", 2), ("warm", 2)]
-    assert [names for _, names in found] == [[], ["compiled"]] * 2
+    assert [names for _, names in found] == [[], [], ["compiled"], ["compiled"]]
     folders = [folder for folder, _ in found]
-    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert folders[0] == folders[2] != folders[1] == folders[3]
     assert not any(Path(folder).exists() for folder in folders)
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,27 @@ from fastdms.tools.bench.settings import EngineSettings
 __all__ = ["child", "measure_starts"]
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # what torch and Triton read
+_PROMPT_TOKENS = 16
 _CHILD = "from fastdms.tools.bench.start import child; child()"
 
 
 def measure_starts(settings: EngineSettings) -> Iterator[dict[str, Any]]:
-    """For each kept share one cold row and one warm row; ``repeats`` pairs of processes stand behind them."""
+    """For each kept share a cold row, then a warm one; ``repeats`` processes stand behind each, one after the other."""
     from fastdms.tools.bench.engine import kept_shares
 
     for kept in kept_shares(settings):
         asked = replace(settings, kept=None if settings.model is not None or settings.dms == "off" else (kept or 1.0,))
-        starts: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
-        for _ in range(settings.repeats):
-            with tempfile.TemporaryDirectory(prefix="fastdms-bench-") as caches:
-                for found in starts.values():
-                    found.append(_start(asked, Path(caches)))
-        for state, found in starts.items():
-            yield {
-                "state": state,
-                **found[-1],
-                "repeats": settings.repeats,
-                **{f"{name}_spread": spread([one[name] for one in found], 3) for name in ("ready_s", "process_s")},
-            }
+        with ExitStack() as stack:
+            folder = tempfile.TemporaryDirectory
+            caches = [Path(stack.enter_context(folder(prefix="fastdms-bench-"))) for _ in range(settings.repeats)]
+            for state in ("cold", "warm"):
+                found = [_start(asked, each) for each in caches]
+                yield {
+                    "state": state,
+                    **found[-1],
+                    "repeats": settings.repeats,
+                    **{f"{name}_spread": spread([one[name] for one in found], 3) for name in ("ready_s", "process_s")},
+                }
 
 
 def child() -> None:
@@ -55,8 +56,7 @@ def child() -> None:
     subject = open_subject(settings, kept_shares(settings)[0])
     with subject.model as model:
         ready = time.perf_counter()
-        prompt = [1] * min(settings.contexts)
-        model(prompt, max_tokens=2, temperature=0.0, ignore_eos=True)
+        model([1] * min(_PROMPT_TOKENS, *settings.contexts), max_tokens=2, temperature=0.0, ignore_eos=True)
         served = time.perf_counter()
         stats = model.graphs.stats()
         row = {
@@ -71,9 +71,20 @@ def child() -> None:
             "captures": stats["captures"],
             "artifacts": stats["artifacts"],
             "ready_s": round(subject.start_s, 3),
+            **_parts(subject.start_s, stats),
             "first_answer_s": round(served - ready, 3),
         }
     print(json.dumps(row), flush=True)
+
+
+def _parts(ready_s: float, stats: Mapping[str, Any]) -> dict[str, float]:
+    """What ``ready_s`` was spent on. weights_s: weights, cache and all that is no graph; warm_up_s: the first runs of
+    decode steps, in which Triton compiles its kernels or loads them."""
+    steps_s = sum(stats["seconds"].values())
+    chunks_s = stats["chunks"]["seconds"] if stats["chunks"] else 0.0
+    known = {name: stats[f"{name}_seconds"] for name in ("trace", "compile", "capture")}
+    parts = {"weights": ready_s - steps_s - chunks_s, **known, "warm_up": steps_s - sum(known.values())}
+    return {f"{name}_s": round(seconds, 3) for name, seconds in (parts | {"chunks": chunks_s}).items()}
 
 
 def _start(settings: EngineSettings, caches: Path) -> dict[str, Any]:
