@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdms.ops import decode_linear
 from tests.ops.calls import Call
 from tests.ops.harness import DEVICE, OPS, assert_same_state
 
@@ -104,3 +105,13 @@ def test_replays_with_other_data(op: str) -> None:
         _equal(list(static.inputs.values()), list(eager.inputs.values()))
         static.cache.check_guards()
         assert_same_state(static.cache, eager.cache)
+
+
+def test_ops_of_a_decode_step_check_whoever_calls_them() -> None:
+    """By the dispatcher or while compiling, when no line of the public function's is in between."""
+    x, weight = torch.zeros(2, 8), torch.zeros(6, 7)
+    with pytest.raises(ValueError, match="weight must be contiguous"):
+        torch.ops.fastdms.decode_linear.default(x, weight, None, None, None, 0.0, None, False, False)
+    compiled = torch.compile(decode_linear, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="weight must be contiguous"):
+        compiled(x, weight)
