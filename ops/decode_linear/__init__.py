@@ -25,8 +25,9 @@ def decode_linear(
     """``h weight^T`` for at most ``MOST_ROWS`` rows, ``h = norm * x / sqrt(mean(x^2) + norm_eps)`` where norm is given.
 
     x: ``[B, K]`` fp32, fp16 or bf16, unit last stride. weight: contiguous ``[N, K]`` in x's dtype, or float8_e4m3fn
-    without NaN and with scale ``[N]`` fp32, by which it is multiplied. bias: ``[N]``, norm: ``[K]``, residual:
-    ``[B, N_out]`` with unit last stride, all in x's dtype.
+    without NaN and with scale ``[N]`` fp32, by which it is multiplied, or int4 as ``fastdms.ops.int4`` packs it: int32
+    ``[N, K / 8]`` with a contiguous scale ``[N, K / group]`` fp32, fp16 or bf16, of groups of 32, 64 or 128. bias:
+    ``[N]``, norm: ``[K]``, residual: ``[B, N_out]`` with unit last stride, all in x's dtype.
     swiglu: weight is ``[2 F, K]``, gate then up, and the result ``silu(gate) * up``, so N_out is F; else N_out is N.
     The residual comes last. Sums are fp32. Returns ``[B, N_out]`` in x's dtype, or in fp32 with ``fp32_out``. On CUDA
     a row of a contiguous x gives the same result, bit for bit, in whichever batch of several and place it comes; alone

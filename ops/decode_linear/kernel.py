@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits, scale_and_bias
+from fastdms.ops.decode_linear.int4_kernel import even_and_odd, int4_dot
+from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits, group_and_bits, scale_and_bias
 from fastdms.ops.triton_common import dependent_launch, dot_dtype, power_of_two
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
@@ -50,13 +51,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
-    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each, that measured best
-    (``docs/lab-notes.md``): where they are few, as many programs as a card has multiprocessors."""
-    if element_bytes == 4:
+def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
+    """The cut for ``n`` output channels of ``k`` weights of ``bits`` that measured best (``docs/lab-notes.md``): where
+    channels are few, as many programs as a card has multiprocessors. That of int4 is not measured yet.
+
+    group: of int4 weights; each warp's share of the columns is one.
+    """
+    if bits == 32:
         return Tile(channels=16, depth=64, warps=4, stages=2)
+    if bits == 4:
+        few = n <= 2**11 or swiglu
+        return Tile(channels=16 if few else 32, depth=4 * group, warps=4, stages=5)
     most = max(64, triton.next_power_of_2(k))
-    if swiglu and element_bytes == 2:
+    if swiglu and bits == 16:
         return Tile(channels=32, depth=min(256, most), warps=4, stages=4)
     if swiglu or n >= 2**14:
         return Tile(channels=32, depth=min(512, most), warps=4, stages=3)
@@ -64,15 +71,15 @@ def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
         return Tile(channels=64, depth=min(256, most), warps=4, stages=4)
     if n > 2**11:
         return Tile(channels=32, depth=min(512, most), warps=4, stages=4)
-    return Tile(channels=16, depth=min(1024, most), warps=4, stages=4 if element_bytes == 2 else 5)
+    return Tile(channels=16, depth=min(1024, most), warps=4, stages=4 if bits == 16 else 5)
 
 
-def _stages(cut: Tile, column_bytes: int, device: torch.device) -> int:
+def _stages(cut: Tile, column_bits: int, device: torch.device) -> int:
     """As many stages of ``cut`` as fit the shared memory of ``device``, which holds all but one of them."""
     if device.type != "cuda":
         return cut.stages
     memory: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return min(cut.stages, memory // (cut.depth * column_bytes) + 1)
+    return min(cut.stages, 8 * memory // (cut.depth * column_bits) + 1)
 
 
 @triton.jit
@@ -162,16 +169,21 @@ def _decode_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_POWER: tl.constexpr,
     SWIGLU: tl.constexpr,
+    GROUP: tl.constexpr,
+    BY_HAND: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """out = act(power x weight^T * scale + bias) + residual; channels go down and rows across."""
+    """out = act(power x weight^T * scale + bias) + residual; channels go down and rows across.
+
+    GROUP: of int4 weights, which are read as bytes; 0 for others.
+    """
     if DEPENDENT:
         gdc_launch_dependents()
     first = tl.program_id(0) * BLOCK_N
     if PREFETCH > 0:
         _prefetch_weights(
-            weight_ptr, first, N - 1, N, K * weight_ptr.dtype.element_ty.primitive_bitwidth // 8,
+            weight_ptr, first, N - 1, N, K * (4 if GROUP else weight_ptr.dtype.element_ty.primitive_bitwidth) // 8,
             2 * BLOCK_N if SWIGLU else BLOCK_N, PREFETCH, 32 * WARPS, SWIGLU,
         )  # fmt: skip
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
@@ -188,11 +200,21 @@ def _decode_linear_kernel(
     acc_up = tl.zeros([WARPS, BLOCK_N, ROWS], tl.float32)
     for k in range(0, K, BLOCK_K):
         b_x = _load_rows(x_ptr, stride_x_row, o_r, o_k, k, K, EVEN_K).to(DOT)
-        b_w = _to_dot(_load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K), DOT)
-        acc = tl.dot(b_w, b_x, acc, input_precision="ieee")
-        if SWIGLU:
-            b_up = _to_dot(_load_weights(weight_ptr, o_n + N, o_k, k, K, EVEN_K), DOT)
-            acc_up = tl.dot(b_up, b_x, acc_up, input_precision="ieee")
+        if GROUP > 0:
+            b_even, b_odd = even_and_odd(b_x)
+            acc = int4_dot(
+                acc, weight_ptr, scale_ptr, o_n, b_even, b_odd, k, K, GROUP, EVEN_K, DOT, BY_HAND
+            )  # fmt: skip
+            if SWIGLU:
+                acc_up = int4_dot(
+                    acc_up, weight_ptr, scale_ptr, o_n + N, b_even, b_odd, k, K, GROUP, EVEN_K, DOT, BY_HAND
+                )  # fmt: skip
+        else:
+            b_w = _to_dot(_load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K), DOT)
+            acc = tl.dot(b_w, b_x, acc, input_precision="ieee")
+            if SWIGLU:
+                b_up = _to_dot(_load_weights(weight_ptr, o_n + N, o_k, k, K, EVEN_K), DOT)
+                acc_up = tl.dot(b_up, b_x, acc_up, input_precision="ieee")
     acc = tl.trans(tl.sum(acc, 0))  # [ROWS, BLOCK_N]
     acc_up = tl.trans(tl.sum(acc_up, 0))
     if HAS_POWER:
@@ -269,7 +291,7 @@ def decode_linear(
     power = None
     if norm is not None:
         # fp8 becomes fp16 in one instruction, and bf16 in five; but fp16 can't hold every bf16.
-        has_power = x.dtype == torch.bfloat16 and weight.element_size() == 1
+        has_power = x.dtype == torch.bfloat16 and weight.dtype == torch.float8_e4m3fn
         normed = x.new_empty((rows, k), dtype=torch.float16 if has_power else x.dtype)
         power = x.new_empty(rows, dtype=torch.float32) if has_power else None
         _norm_kernel[(rows,)](
@@ -277,16 +299,18 @@ def decode_linear(
             num_warps=min(16, triton.next_power_of_2(triton.cdiv(k, 1024))), **dependent,
         )  # fmt: skip
         x = normed
-    cut = tile(n, k, 4 if x.dtype == torch.float32 else weight.element_size(), swiglu)
+    group, bits = group_and_bits(weight, scale, x)
+    cut = tile(n, k, max(bits, 32 if x.dtype == torch.float32 and not group else 0), swiglu, group)
     padded = max(8, triton.next_power_of_2(rows))
-    column_bytes = cut.channels * (2 if swiglu else 1) * weight.element_size() + padded * x.element_size()
+    column_bits = cut.channels * (2 if swiglu else 1) * bits + padded * 8 * x.element_size()
     _decode_linear_kernel[(triton.cdiv(n, cut.channels),)](
-        x, weight, scale, bias, residual, power, out, x.stride(0), n if residual is None else residual.stride(0),
+        x, weight.view(torch.uint8) if group else weight, scale, bias, residual, power, out, x.stride(0),
+        n if residual is None else residual.stride(0),
         rows, n, k, ROWS=padded, BLOCK_N=cut.channels, BLOCK_K=cut.depth, WARPS=cut.warps,
-        EVEN_K=k % cut.depth == 0, DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None,
+        EVEN_K=k % cut.depth == 0, DOT=dot_dtype(x.dtype, weight.dtype), HAS_SCALE=scale is not None and not group,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_POWER=power is not None, SWIGLU=swiglu,
-        PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent["DEPENDENT"] else 0,
-        num_warps=cut.warps, num_stages=_stages(cut, column_bytes, x.device), **dependent,
+        GROUP=group, BY_HAND=x.is_cuda, PREFETCH=prefetch_bytes(weight, cut, swiglu) if dependent["DEPENDENT"] else 0,
+        num_warps=cut.warps, num_stages=_stages(cut, column_bits, x.device), **dependent,
     )  # fmt: skip
     return out
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastdms.ops.int4 import dequantise_int4
+
 
 def decode_linear(
     x: torch.Tensor,
@@ -20,9 +22,13 @@ def decode_linear(
     h = x.float()
     if norm is not None:
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps) * norm.float()
-    y = F.linear(h, weight.float())
-    if scale is not None:
-        y = y * scale
+    if weight.dtype == torch.int32:
+        assert scale is not None
+        y = F.linear(h, dequantise_int4(weight, scale, torch.float32))
+    else:
+        y = F.linear(h, weight.float())
+        if scale is not None:
+            y = y * scale
     if bias is not None:
         y = y + bias.float()
     if swiglu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastdms.ops.int4 import GROUPS, PER_WORD
 from fastdms.ops.registry import register
 from fastdms.ops.span_cache import check
 
@@ -31,21 +32,37 @@ def _check(
         f"x must be [B, K] fp32, fp16 or bf16 with unit last stride, got {x.dtype} {tuple(x.shape)}",
     )
     check(x.shape[0] <= MOST_ROWS, f"x has {x.shape[0]} rows; at most {MOST_ROWS} are decoded at once")
-    check(
-        weight.dim() == 2 and weight.shape[0] > 0 and 0 < weight.shape[1] == x.shape[1] and weight.is_contiguous(),
-        f"weight must be contiguous [N, {x.shape[1]}], not empty, got {tuple(weight.shape)}",
-    )
-    stored_fp8 = weight.dtype == torch.float8_e4m3fn
-    check(weight.dtype == x.dtype or stored_fp8, f"weight must be {x.dtype} or float8_e4m3fn, got {weight.dtype}")
-    check(
-        stored_fp8 == (scale is not None), f"scale goes with float8_e4m3fn weights alone, the weight is {weight.dtype}"
-    )
+    _check_weight(weight, scale, x)
     outputs = weight.shape[0]
     check(not swiglu or outputs % 2 == 0, f"swiglu takes an even number of channels, got {outputs}")
-    _check_part("scale", scale, (outputs,), torch.float32)
     _check_part("bias", bias, (outputs,), x.dtype)
     _check_part("norm", norm, (x.shape[1],), x.dtype)
     _check_part("residual", residual, (x.shape[0], outputs // 2 if swiglu else outputs), x.dtype)
+
+
+def _check_weight(weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor) -> None:
+    dtype, columns = weight.dtype, x.shape[1]
+    per_element = PER_WORD if dtype == torch.int32 else 1
+    fits = weight.dim() == 2 and weight.shape[0] > 0 and 0 < weight.shape[1] * per_element == columns
+    expected = f"[N, {columns} / {per_element}]" if per_element > 1 else f"[N, {columns}]"
+    check(
+        fits and weight.is_contiguous(), f"weight must be contiguous {expected}, not empty, got {tuple(weight.shape)}"
+    )
+    stored = (torch.float8_e4m3fn, torch.int32)
+    check(dtype in (x.dtype, *stored), f"weight must be {x.dtype}, float8_e4m3fn or int4 in int32, got {dtype}")
+    check(
+        (dtype in stored) == (scale is not None), f"scale goes with fp8 and int4 weights alone, the weight is {dtype}"
+    )
+    if dtype == torch.int32:
+        assert scale is not None
+        shapes = [(weight.shape[0], columns // group) for group in GROUPS if columns % group == 0]
+        check(
+            scale.dtype in _DTYPES and scale.shape in shapes and scale.is_contiguous(),
+            f"scale of int4 weights must be contiguous fp32, fp16 or bf16 of one of the shapes {shapes} (groups of "
+            f"128, 64 or 32), got {scale.dtype} {tuple(scale.shape)}",
+        )
+    else:
+        _check_part("scale", scale, (weight.shape[0],), torch.float32)
 
 
 def _check_part(name: str, x: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:

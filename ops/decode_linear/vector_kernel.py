@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastdms.ops.decode_linear.int4_kernel import int4_numbers
+from fastdms.ops.int4 import PER_WORD
 from fastdms.ops.triton_common import dependent_launch
 
 _DTYPES = {
@@ -22,6 +24,7 @@ _DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float8_e4m3fn: tl.float8e4nv,
+    torch.int32: tl.int32,  # int4, eight in a word
 }
 _FP8_TO_FP32 = tl.constexpr("""{
 .reg .b16 l, h, a, b;
@@ -47,16 +50,18 @@ class Tile(NamedTuple):
     loads: int = 1
 
 
-def tile(n: int, k: int, element_bytes: int, swiglu: bool) -> Tile:
-    """The cut for ``n`` output channels of ``k`` weights, ``element_bytes`` each, that measured best
-    (``docs/lab-notes.md``): where a row of weights is long or channels are few, more warps share a row."""
+def tile(n: int, k: int, bits: int, swiglu: bool) -> Tile:
+    """The cut for ``n`` output channels of ``k`` weights, ``bits`` each, that measured best (``docs/lab-notes.md``):
+    where a row of weights is long or channels are few, more warps share a row. That of int4 is not measured yet."""
+    if bits == 4:
+        return Tile(channels=8 if n >= 2**14 else 4, warps=1 if n >= 2**13 else 2 if k <= 2**11 else 4)
     if swiglu:
-        return Tile(channels=4, warps=2) if element_bytes == 1 else Tile(channels=2, warps=2, loads=4)
+        return Tile(channels=4, warps=2) if bits == 8 else Tile(channels=2, warps=2, loads=4)
     if n >= 2**13:
-        return Tile(channels=4, warps=1) if element_bytes == 1 else Tile(channels=4, warps=1, loads=2)
+        return Tile(channels=4, warps=1) if bits == 8 else Tile(channels=4, warps=1, loads=2)
     if k >= 2**13:
-        return Tile(channels=2 if element_bytes == 1 else 1, warps=4, loads=2)
-    if element_bytes == 1:
+        return Tile(channels=2 if bits == 8 else 1, warps=4, loads=2)
+    if bits == 8:
         return Tile(channels=4, warps=4)
     return Tile(channels=2, warps=4, loads=2 if n <= 2**11 else 1)
 
@@ -75,8 +80,8 @@ def _halves(parts, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _numbers(word, DTYPE: tl.constexpr):
-    """The one, two or four numbers of each 32-bit word, in fp32."""
+def _numbers(word, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
+    """The one, two, four or eight numbers of each 32-bit word, in fp32."""
     if tl.float32 == DTYPE:
         return (word.to(tl.float32, bitcast=True),)
     elif tl.bfloat16 == DTYPE:  # the upper half of the fp32 of its value
@@ -84,6 +89,8 @@ def _numbers(word, DTYPE: tl.constexpr):
     elif tl.float16 == DTYPE:
         lower, upper = word.to(tl.int16), (word >> 16).to(tl.int16)
         return (lower.to(tl.float16, bitcast=True).to(tl.float32), upper.to(tl.float16, bitcast=True).to(tl.float32))
+    elif tl.int32 == DTYPE:
+        return int4_numbers(word, BY_HAND)
     else:
         return tl.inline_asm_elementwise(
             _FP8_TO_FP32, "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -92,7 +99,7 @@ def _numbers(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _by_column(words, DTYPE: tl.constexpr):
+def _by_column(words, DTYPE: tl.constexpr, BY_HAND: tl.constexpr = True):
     """Words ``[.., W]`` as fp32 tensors ``[.., W / 4]``, one for each number in four words; a thread has its own."""
     shape: tl.constexpr = words.shape
     quads = tl.reshape(words, shape[:-1] + [shape[-1] // 4, 4])  # noqa: RUF005
@@ -100,7 +107,7 @@ def _by_column(words, DTYPE: tl.constexpr):
     parts = _halves(parts, 2)
     columns = ()
     for i in tl.static_range(4):
-        columns += _numbers(parts[i % 2 * 2 + i // 2], DTYPE)
+        columns += _numbers(parts[i % 2 * 2 + i // 2], DTYPE, BY_HAND)
     return columns
 
 
@@ -117,6 +124,14 @@ def _load_row(ptr, first, words, BLOCK: tl.constexpr, PIECES: tl.constexpr, EVEN
         piece = tl.load(ptr + at) if EVEN else tl.load(ptr + at, mask=at < words * PIECES, other=0)
         columns += _by_column(piece, DTYPE)
     return columns
+
+
+@triton.jit
+def _load_scales(scale_ptr, o_n, first, words, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """``[BLOCK_N, BLOCK / 4]``: the scales of the int4 weights in each four of the BLOCK words from ``first`` on."""
+    o_w = first + 4 * tl.arange(0, BLOCK // 4)
+    p_scale = scale_ptr + o_n.to(tl.int64)[:, None] * (words * 8 // GROUP) + (o_w * 8 // GROUP)[None, :]
+    return tl.load(p_scale, mask=(o_w < words)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -153,11 +168,14 @@ def _decode_vector_kernel(
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SWIGLU: tl.constexpr,
+    GROUP: tl.constexpr,
+    BY_HAND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """out = act(inverse * weight (x * norm) * scale + bias) + residual, inverse = 1 / sqrt(mean(x^2) + eps).
 
-    words: of 32 bits, that a row of K weights takes; x, weight and norm are read so.
+    words: of 32 bits, that a row of K weights takes; x, weight and norm are read so. GROUP: of int4 weights, in each of
+    which a thread's four words lie whole; 0 for others.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -176,25 +194,34 @@ def _decode_vector_kernel(
     b_sum_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
     b_squares = tl.zeros([BLOCK_W // 4], tl.float32)
     for first in range(0, words, BLOCK_W):
-        columns = _by_column(b_w, W_DTYPE)
+        columns = _by_column(b_w, W_DTYPE, BY_HAND)
         columns_up = columns
         m_next = (first + BLOCK_W + o_w < words)[None, :]
         b_w = tl.load(p_w + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
         if SWIGLU:
-            columns_up = _by_column(b_up, W_DTYPE)
+            columns_up = _by_column(b_up, W_DTYPE, BY_HAND)
             b_up = tl.load(p_up + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
         x = _load_row(x_ptr, first, words, BLOCK_W, PIECES, EVEN, X_DTYPE)
         norm = x
         if HAS_NORM:
             norm = _load_row(norm_ptr, first, words, BLOCK_W, PIECES, EVEN, X_DTYPE)
+        b_part, b_part_up = b_sum, b_sum_up
+        if GROUP > 0:
+            b_part, b_part_up = tl.zeros_like(b_sum), tl.zeros_like(b_sum)
         for i in tl.static_range(len(columns)):
             b_x = x[i]
             if HAS_NORM:
                 b_squares += b_x * b_x
                 b_x *= norm[i]
-            b_sum += columns[i] * b_x[None, :]
+            b_part += columns[i] * b_x[None, :]
             if SWIGLU:
-                b_sum_up += columns_up[i] * b_x[None, :]
+                b_part_up += columns_up[i] * b_x[None, :]
+        if GROUP > 0:
+            b_sum += b_part * _load_scales(scale_ptr, o_n, first, words, BLOCK_W, GROUP)
+            if SWIGLU:
+                b_sum_up += b_part_up * _load_scales(scale_ptr, o_n + N, first, words, BLOCK_W, GROUP)
+        else:
+            b_sum, b_sum_up = b_part, b_part_up
     y = tl.sum(b_sum, 1)
     y_up = tl.sum(b_sum_up, 1)
     if HAS_NORM:
@@ -230,15 +257,25 @@ def decode_vector(
 ) -> None:
     """decode_linear of one row, into ``out``; x, weight and norm must be what ``fits``."""
     n, k = out.shape[1], x.shape[1]
-    cut = tile(n, k, weight.element_size(), swiglu)
-    words, block = k * weight.element_size() // 4, 128 * cut.warps * cut.loads
+    group, bits = group_and_bits(weight, scale, x)
+    cut = tile(n, k, bits, swiglu)
+    words, block = k * bits // 32, 128 * cut.warps * cut.loads
     _decode_vector_kernel[(triton.cdiv(n, cut.channels),)](
         _words(x), _words(weight), scale, bias, None if norm is None else _words(norm), residual, out, n, k, words,
-        norm_eps, BLOCK_N=cut.channels, BLOCK_W=block, PIECES=x.element_size() // weight.element_size(),
+        norm_eps, BLOCK_N=cut.channels, BLOCK_W=block, PIECES=8 * x.element_size() // bits,
         EVEN=words % block == 0, X_DTYPE=_DTYPES[x.dtype], W_DTYPE=_DTYPES[weight.dtype],
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
-        HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, num_warps=cut.warps, **dependent_launch(x.device),
+        HAS_SCALE=scale is not None and not group, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
+        HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, GROUP=group, BY_HAND=x.is_cuda,
+        num_warps=cut.warps, **dependent_launch(x.device),
     )  # fmt: skip
+
+
+def group_and_bits(weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor) -> tuple[int, int]:
+    """Weights that share a scale within a row, 0 but for int4, and the bits of each."""
+    if weight.dtype != torch.int32:
+        return 0, 8 * weight.element_size()
+    assert scale is not None
+    return x.shape[1] // scale.shape[1], 32 // PER_WORD
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from fastdms.ops import MOST_ROWS, decode_linear
 from fastdms.ops.decode_linear import vector_kernel
 from fastdms.ops.decode_linear.kernel import Tile, prefetch_bytes, tile
+from fastdms.ops.int4 import GROUPS, dequantise_int4, quantise_int4
 from tests.ops.harness import BACKENDS, DEVICE, on
 from tests.tolerance import LOGITS_RELATIVE, assert_within_error_budget, rounding_band
 
 _GPU = pytest.mark.gpu  # the interpreter rounds bf16 and fp8 wrongly
 _FP8 = torch.float8_e4m3fn
+_INT4 = torch.int32  # eight in each
 # (compute dtype, weight dtype)
 _DTYPES = [
     pytest.param(torch.float32, torch.float32, id="fp32"),
@@ -28,6 +30,9 @@ _DTYPES = [
     pytest.param(torch.bfloat16, _FP8, id="bf16-fp8", marks=_GPU),
     pytest.param(torch.float16, _FP8, id="fp16-fp8", marks=_GPU),
     pytest.param(torch.float32, _FP8, id="fp32-fp8", marks=_GPU),
+    pytest.param(torch.float32, _INT4, id="fp32-int4"),
+    pytest.param(torch.float16, _INT4, id="fp16-int4"),
+    pytest.param(torch.bfloat16, _INT4, id="bf16-int4", marks=_GPU),
 ]
 _EPS = 1e-5
 
@@ -36,13 +41,17 @@ def _inputs(
     rows: int, n: int, k: int, dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None, *,
     norm: bool = False, bias: bool = False, residual: bool = False, swiglu: bool = False, fp32_out: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of a call of ``n`` output channels."""
+    """Arguments of a call of ``n`` output channels; with int4 weights ``k`` becomes the next multiple of 32."""
+    if weight_dtype == _INT4:
+        k = -(-k // GROUPS[-1]) * GROUPS[-1]
     channels = 2 * n if swiglu else n
     weight = torch.randn(channels, k) / k**0.5
     scale = None
     if weight_dtype == _FP8:
         scale = weight.abs().amax(1) / torch.finfo(_FP8).max
         weight = weight / scale[:, None]
+    if weight_dtype == _INT4:
+        weight, scale = quantise_int4(weight, next(group for group in GROUPS if k % group == 0))
     return {
         "x": torch.randn(rows, k).to(dtype), "weight": weight.to(weight_dtype or dtype), "scale": scale,
         "bias": torch.randn(channels).to(dtype) if bias else None, "norm": torch.randn(k).to(dtype) if norm else None,
@@ -67,15 +76,25 @@ def _run(backend: str, inputs: dict[str, Any], gaps: bool = False) -> torch.Tens
         return decode_linear(**placed).cpu()
 
 
+def _whole(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same with the weight multiplied by its scale."""
+    weight, scale = inputs["weight"], inputs["scale"]
+    if scale is None:
+        return inputs
+    if weight.dtype != _INT4:
+        return inputs | {"weight": weight.double() * scale[:, None], "scale": None}
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+    q = (weight[..., None] >> shifts & 15).double() - 8  # [N, K / 8, 8]
+    return inputs | {"weight": (q.view(*scale.shape, -1) * scale[..., None]).flatten(1), "scale": None}
+
+
 def _oracle(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """The definition in fp64; in another dtype with what each layer gives rounded to it."""
-    given = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    given = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in _whole(inputs).items()}
     h, weight = given["x"], given["weight"]
     if given["norm"] is not None:
         h = h / (h.square().mean(-1, keepdim=True) + given["norm_eps"]).sqrt() * given["norm"]
         h = h.to(dtype).double()
-    if given["scale"] is not None:
-        weight = weight * given["scale"][:, None]
     y = h @ weight.T
     if given["bias"] is not None:
         y = y + given["bias"]
@@ -90,7 +109,7 @@ def _oracle(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> torch
 def _assert_right(out: torch.Tensor, inputs: dict[str, Any]) -> None:
     """No element further off than roundings of its terms can move it, however they cancel."""
     oracle = _oracle(inputs)
-    sizes = {name: x.float().abs() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    sizes = {name: x.float().abs() if isinstance(x, torch.Tensor) else x for name, x in _whole(inputs).items()}
     terms = _oracle(sizes)
     of_terms = LOGITS_RELATIVE + (torch.finfo(inputs["x"].dtype).eps if inputs["norm"] is not None else 0.0)
     error = (out.double() - oracle).abs()
@@ -164,7 +183,7 @@ def test_words_of_a_buffer_that_begins_anywhere() -> None:
 
 
 @_GPU
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, _FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, _FP8, _INT4], ids=["bf16", "fp8", "int4"])
 @pytest.mark.parametrize(
     ("n", "k", "flags"),
     [(3072, 2048, ("norm",)), (2048, 8192, ("residual",)), (8192, 2048, ("norm", "swiglu")), (6144, 4096, ("norm",)),
@@ -185,9 +204,14 @@ def test_any_size_and_any_part(data: st.DataObject) -> None:
     n, k = data.draw(st.integers(1, 70), "n"), data.draw(st.integers(1, 600), "k")
     if data.draw(st.booleans(), "aligned"):
         k = -(-k // 64) * 64
-    dtypes = [(torch.float32, torch.float32), (torch.float16, torch.float16)]
+    dtypes = [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float32, _INT4),
+        (torch.float16, _INT4),
+    ]
     if DEVICE.type == "cuda":
-        dtypes += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, _FP8)]
+        dtypes += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, _FP8), (torch.bfloat16, _INT4)]
     dtype, weight_dtype = data.draw(st.sampled_from(dtypes), "dtypes")
     flags = {name: data.draw(st.booleans(), name) for name in _FLAGS}
     torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
@@ -277,7 +301,7 @@ def test_prefetches_lie_within_their_rows() -> None:
     sizes = ((1, 8), (8, 24), (2048, 2048), (2048, 8192), (8192, 2048), (128_256, 2048), (151_936, 4096))
     for (n, k), dtype, swiglu in itertools.product(sizes, (torch.float32, torch.bfloat16, _FP8), (False, True)):
         weight = torch.empty(n, k, dtype=dtype, device="meta")
-        cut = tile(n, k, weight.element_size(), swiglu)
+        cut = tile(n, k, 8 * weight.element_size(), swiglu)
         rows, row_bytes = cut.channels * (2 if swiglu else 1), k * weight.element_size()
         share = prefetch_bytes(weight, cut, swiglu)
         if row_bytes % 16:
@@ -301,6 +325,38 @@ def test_every_fp8_weight(rows: int, dtype: torch.dtype, backend: str) -> None:
     x[:, 70] = 1.0
     inputs = {"x": x, "weight": weight.to(_FP8), "scale": torch.full((len(stored),), 0.5), "fp32_out": True}
     assert torch.equal(_run(backend, inputs)[0], stored.float() / 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=_GPU)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_every_int4_weight_in_every_place(rows: int, dtype: torch.dtype, backend: str) -> None:
+    """Exactly; the known bits of a word, by hand."""
+    words = torch.tensor([[0x76543210, -0x01234568, 0, -1]], dtype=torch.int32)  # -0x01234568 is 0xfedcba98
+    expected = [*range(-8, 8), *([-8] * 8), *([7] * 8)]
+    assert dequantise_int4(words, torch.ones(1, 1), torch.float32).tolist() == [expected]
+    scale = torch.tensor([[0.5], [-3.0]])
+    for place, value in enumerate(expected):
+        x = torch.zeros(rows, 32, dtype=dtype)
+        x[:, place] = 1.0
+        out = _run(backend, {"x": x, "weight": words.expand(2, 4).contiguous(), "scale": scale, "fp32_out": True})
+        assert out.tolist() == [[value * 0.5, value * -3.0]] * rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("group", GROUPS)
+def test_int4_groups_have_scales_of_any_size(group: int, rows: int, backend: str) -> None:
+    """Of any dtype, too, those that fp16 can't hold among them."""
+    inputs = _inputs(rows, 9, 384, torch.float16)
+    for dtype, largest in ((torch.float32, 30), (torch.bfloat16, 30), (torch.float16, 4)):
+        packed, scale = quantise_int4(inputs["weight"], group)
+        sizes = 10.0 ** torch.linspace(-largest, largest, scale.shape[1])
+        case = inputs | {"weight": packed, "scale": (scale.float() * sizes).to(dtype), "fp32_out": True}
+        case["scale"][0] = 0.0
+        out = _run(backend, case)
+        _assert_right(out, case)
+        assert not out[:, 0].any()
 
 
 @_GPU
@@ -363,6 +419,13 @@ def test_a_chain_of_dependent_launches(rows: int) -> None:
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_int4_weights_keep_the_schema(swiglu: bool) -> None:
+    inputs = _to(DEVICE, _inputs(2, 6, 64, torch.float32, _INT4, norm=True, swiglu=swiglu))
+    order = ("x", "weight", "scale", "bias", "norm", "norm_eps", "residual", "swiglu", "fp32_out")
+    torch.library.opcheck(torch.ops.fastdms.decode_linear.default, tuple(inputs[name] for name in order))
+
+
 def test_bad_input_is_named() -> None:
     x, weight = torch.zeros(2, 8), torch.zeros(6, 8)
     good: dict[str, Any] = {"x": x, "weight": weight}
@@ -380,6 +443,9 @@ def test_bad_input_is_named() -> None:
         ({"scale": scale}, "scale"),
         ({"weight": fp8, "scale": scale[:5]}, "scale"),
         ({"weight": fp8, "scale": scale.half()}, "scale"),
+        ({"weight": torch.zeros(6, 1, dtype=torch.int32)}, "scale"),
+        ({"weight": torch.zeros(6, 1, dtype=torch.int32), "scale": torch.ones(6, 1)}, "scale of int4 weights"),
+        ({"weight": weight.int()}, r"\[N, 8 / 8\]"),
         ({"bias": scale[:5]}, "bias"),
         ({"bias": scale.half()}, "bias"),
         ({"norm": scale}, "norm"),
@@ -392,3 +458,9 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             decode_linear(**{**good, **inputs})
+    x, weight = torch.zeros(2, 128), torch.zeros(6, 16, dtype=torch.int32)
+    right = torch.ones(6, 2)
+    for scale in (right[:, 0], torch.ones(6, 3), torch.ones(6, 8), right[:5], torch.ones(2, 6).T, right.double()):
+        with pytest.raises(ValueError, match=r"scale of int4 weights .* \[\(6, 1\), \(6, 2\), \(6, 4\)\]"):
+            decode_linear(x, weight, scale=scale)
+    assert decode_linear(x, weight, scale=right).shape == (2, 6)
