@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-__all__ = ["DMSConfig", "ModelConfig", "RopeConfig", "dense_tokens"]
+__all__ = ["DMSConfig", "Int4Layers", "ModelConfig", "RopeConfig", "dense_tokens"]
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 ZeroBorrowed = Literal["none", "pre_rope", "pre_and_post_rope"]
@@ -74,11 +75,31 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Int4Layers:
+    """The linear layers that a checkpoint stores as int4, by their published names without ``.weight``.
+
+    group: weights that share a scale. scale_dtype: of the scales as stored.
+    """
+
+    names: frozenset[str]
+    group: int
+    scale_dtype: torch.dtype
+
+    def has(self, names: Collection[str]) -> bool:
+        """Whether ``names``, which are computed together, are int4; ValueError where some are and some aren't."""
+        found = [name for name in names if name in self.names]
+        if found and len(found) < len(names):
+            other = next(name for name in names if name not in self.names)
+            raise ValueError(f"{found[0]} is int4 and {other} is not; layers that are computed together must be alike")
+        return bool(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of one decoder-only model of a supported family.
 
     ``qkv_bias``, ``o_bias``, ``mlp_bias``: which linear layers carry a bias. ``qk_norm``: RMSNorm over each head of
-    q and k before RoPE. ``weight_dtype``: as stored in the checkpoint.
+    q and k before RoPE. ``weight_dtype``: as stored in the checkpoint. ``int4``: what of it is stored as int4.
     """
 
     family: Family
@@ -100,6 +121,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     weight_dtype: torch.dtype = torch.float32
+    int4: Int4Layers | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")

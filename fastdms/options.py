@@ -12,6 +12,7 @@ from fastdms.cache import CacheConfig
 from fastdms.config import DMSConfig, ModelConfig, dense_tokens
 from fastdms.graphs import check_mode
 from fastdms.ops import KV_DTYPES
+from fastdms.ops.int4 import INT4
 
 __all__ = ["Options", "resolve_cache", "resolve_device", "resolve_dms", "resolve_options", "resolve_zeroing"]
 
@@ -24,16 +25,22 @@ DTYPES = {
     "float16": torch.float16,
 }
 WEIGHTS = ("auto", "bf16", "fp8", "int4")
+# In int4 an output head costs several times what it costs in fp8 (``docs/lab-notes.md``).
+_QUANTISED = {"fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn), "int4": (INT4, torch.float8_e4m3fn)}
 _MAX_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Resolved arguments: devices and dtypes as torch knows them, every default filled in."""
+    """Resolved arguments: devices and dtypes as torch knows them, every default filled in.
+
+    weights, head: what the linear layers and the output head are stored in.
+    """
 
     device: torch.device
     dtype: torch.dtype
     weights: torch.dtype
+    head: torch.dtype
     kv_dtype: torch.dtype
     max_concurrency: int
     max_context: int
@@ -60,8 +67,8 @@ def resolve_options(
     compute = _dtype(dtype, config, place)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {_names(WEIGHTS)}, got {weights!r}")
-    if weights == "int4":
-        raise ValueError("weights 'int4' are not available in this version; use 'auto', 'bf16' or 'fp8'")
+    if config.int4 is not None and weights not in ("auto", "int4"):
+        raise ValueError(f"the checkpoint's weights are int4; weights must be 'auto' or 'int4', got {weights!r}")
     if weights == "bf16":
         if dtype is not None and compute != torch.bfloat16:
             raise ValueError(f"weights 'bf16' and dtype {dtype!r} contradict each other")
@@ -77,10 +84,12 @@ def resolve_options(
     context = _integer("max_context", limit if max_context is None else max_context, 2, limit)
     if kv_memory is not None:
         _check_kv_memory(kv_memory)
+    stored, head = _QUANTISED.get(weights, (compute if config.int4 is None else INT4, compute))
     return Options(
         device=place,
         dtype=compute,
-        weights=torch.float8_e4m3fn if weights == "fp8" else compute,
+        weights=stored,
+        head=head,
         kv_dtype=KV_DTYPES[kv_dtype],
         max_concurrency=_integer("max_concurrency", max_concurrency, 1, _MAX_ROWS),
         max_context=context,

@@ -59,9 +59,11 @@ def compile(
         as stored on CUDA, fp32 on CPU.
     kv_dtype: ``"fp32"``, ``"bf16"`` or ``"fp8"`` (e4m3 with a scale per token and head); ``"auto"``: fp8 on CUDA, on
         CPU bf16 where that is the dtype and else fp32.
-    weights: ``"auto"`` is ``dtype``; ``"bf16"`` makes that the dtype; ``"fp8"`` stores the linear layers and the output
-        head as e4m3 with an fp32 scale per output channel, and all else in ``dtype``: embedding table, norms, biases, a
-        DMS adapter. Small decode batches read them so; prefill and larger ones take each back to ``dtype`` for its use.
+    weights: ``"auto"`` is ``dtype``, and what a checkpoint stores as int4 stays so; ``"bf16"`` makes that the dtype;
+        ``"fp8"`` stores the linear layers and the output head as e4m3 with an fp32 scale per output channel; ``"int4"``
+        the linear layers as 4 bits with a scale for each 128, 64 or 32 weights of a row, and the head as e4m3, also one
+        that an int4 checkpoint left as it was. All else is in ``dtype``: embedding table, norms, biases, a DMS adapter.
+        Small decode batches read weights so; prefill and larger ones take each back to ``dtype`` for its use.
     max_concurrency: rows of the cache: requests that run at once, in [1, 256].
     max_context: tokens of one request, prompt and answer; None: the model's ``max_position_embeddings``.
     kv_memory: for the whole cache with its metadata: bytes (int), or a share of the free memory (float); None: what
@@ -93,7 +95,7 @@ def compile(
         try:
             decoder = Decoder(
                 config, rule, num_positions=options.max_context, dtype=options.dtype, device=options.device,
-                weight_dtype=options.weights, zero_borrowed=resolve_zeroing(checkpoint.dms),
+                weight_dtype=options.weights, head_dtype=options.head, zero_borrowed=resolve_zeroing(checkpoint.dms),
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"no memory on {options.device} for the weights of {checkpoint.name}: {error}") from error

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastdms.decoder import Decoder, DecoderLayer, Linear
+from fastdms.decoder import PARTS, Decoder, DecoderLayer, Linear
+from fastdms.ops.int4 import INT4, PER_WORD, quantise_int4
 from fastdms.ops.quantise import FP8_MAX
 
 __all__ = ["load_weights", "weight_shapes"]
@@ -16,18 +17,30 @@ _BLOCK_VALUES = 2**22  # that are quantised at a time
 
 
 class _Place(NamedTuple):
-    """The (part of the) parameter that a tensor fills, with the scales of its rows where it is fp8."""
+    """The (part of the) parameter that a tensor fills, with the scales of its rows where it is quantised on the way.
+
+    expected: what the tensor must hold, and no more than that.
+    """
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        shape = self.values.shape
+        packs = self.scale is not None and self.values.dtype == INT4
+        return torch.Size((shape[0], shape[1] * PER_WORD)) if packs else shape
 
 
 def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy each tensor, by its published name, into its place; one tensor at a time, cast to the decoder's dtype.
 
-    fp8 weights are quantised from the tensor as it is given, row by row: ``scale = max|row| / 448``.
-    Raises ValueError when a tensor is missing, unknown, given twice, of the wrong shape or not floating point, or
-    where fp8 weights would come from numbers that are not finite.
+    fp8 weights are quantised from the tensor as it is given, row by row: ``scale = max|row| / 448``; int4 weights as
+    ``quantise_int4`` says, or copied where the checkpoint stores them.
+    Raises ValueError when a tensor is missing, unknown, given twice, of the wrong shape or dtype, or where fp8 or int4
+    weights would come from numbers that are not finite.
     """
     places = _places(decoder)
     ignored = _ignored(decoder)
@@ -40,12 +53,18 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) 
         if name in seen:
             raise ValueError(f"tensor {name} occurs twice")
         seen.add(name)
-        shape = places[name].values.shape
-        if tensor.shape != shape:
-            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"tensor {name} is {tensor.dtype}; only floating point weights are supported")
-        _store(name, tensor, places[name])
+        place = places[name]
+        if tensor.shape != place.shape:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(place.shape)}")
+        if place.expected is not None and not tensor.equal(place.expected.to(tensor.dtype)):
+            raise ValueError(f"tensor {name} is {tensor.tolist()}, the config asks for {place.expected.tolist()}")
+        stored_int4 = place.scale is None and not place.values.is_floating_point()
+        if tensor.is_floating_point() == stored_int4:
+            kind = "integers" if stored_int4 else "floating point weights"
+            raise ValueError(f"tensor {name} is {tensor.dtype}; only {kind} are supported")
+        if name.endswith(".weight_scale") and not tensor.isfinite().all():
+            raise ValueError(f"tensor {name} has values that are not finite, which int4 weights can't be scaled by")
+        _store(name, tensor, place)
     missing = sorted(places.keys() - seen)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -56,7 +75,7 @@ def load_weights(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
 def weight_shapes(decoder: Decoder) -> dict[str, torch.Size]:
     """Published name -> shape of every tensor that ``load_weights`` asks for."""
-    return {name: place.values.shape for name, place in _places(decoder).items()}
+    return {name: place.shape for name, place in _places(decoder).items()}
 
 
 def _store(name: str, tensor: torch.Tensor, place: _Place) -> None:
@@ -68,8 +87,15 @@ def _store(name: str, tensor: torch.Tensor, place: _Place) -> None:
     for block, values, scale in zip(*blocks, strict=True):
         exact = block.to(values.device).float()
         largest = exact.abs().amax(1)
+        int4 = values.dtype == INT4
         if not largest.isfinite().all():
-            raise ValueError(f"tensor {name} has values that are not finite, which fp8 weights can't be made of")
+            kind = "int4" if int4 else "fp8"
+            raise ValueError(f"tensor {name} has values that are not finite, which {kind} weights can't be made of")
+        if int4:
+            packed, exact_scale = quantise_int4(exact, tensor.shape[1] // scale.shape[1])
+            values.copy_(packed)
+            scale.copy_(exact_scale)
+            continue
         # A tensor to divide by, since CUDA multiplies by the inverse of a number: the same weights on every device.
         exact_scale = largest / largest.new_tensor(FP8_MAX)
         scale.copy_(exact_scale.clamp_min(torch.finfo(torch.float32).tiny))  # also of a row of zeros
@@ -79,25 +105,33 @@ def _store(name: str, tensor: torch.Tensor, place: _Place) -> None:
 def _places(decoder: Decoder) -> dict[str, _Place]:
     """Published tensor name -> its place."""
     places = {"model.embed_tokens.weight": _Place(decoder.embed), "model.norm.weight": _Place(decoder.norm)}
+    stored = decoder.config.int4.names if decoder.config.int4 is not None else frozenset()
     if not decoder.config.tie_word_embeddings:
-        places["lm_head.weight"] = _Place(decoder.lm_head.weight, decoder.lm_head.scale)
+        places |= _parts(decoder.lm_head, ("lm_head",), (decoder.config.vocab_size,), stored)
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
-        for name, place in _layer_places(layer).items():
-            places[f"model.layers.{index}.{name}"] = place
+        prefix = f"model.layers.{index}."
+        here = frozenset(name.removeprefix(prefix) for name in stored if name.startswith(prefix))
+        for name, place in _layer_places(layer, here).items():
+            places[prefix + name] = place
     return places
 
 
-def _layer_places(layer: DecoderLayer) -> dict[str, _Place]:
+def _layer_places(layer: DecoderLayer, stored: frozenset[str]) -> dict[str, _Place]:
+    """stored: the names of those that are int4 in the checkpoint."""
     query, key = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     places = {
         "input_layernorm.weight": _Place(layer.input_norm),
         "post_attention_layernorm.weight": _Place(layer.post_norm),
     }
-    places |= _parts(layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (query, key, key))
-    places |= _parts(layer.o, ("self_attn.o_proj",), (layer.o.weight.shape[0],))
-    places |= _parts(layer.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (layer.gate_up.weight.shape[0] // 2,) * 2)
-    places |= _parts(layer.down, ("mlp.down_proj",), (layer.down.weight.shape[0],))
+    parts = {
+        "qkv": (layer.qkv, (query, key, key)),
+        "o": (layer.o, (layer.o.weight.shape[0],)),
+        "gate_up": (layer.gate_up, (layer.gate_up.weight.shape[0] // 2,) * 2),
+        "down": (layer.down, (layer.down.weight.shape[0],)),
+    }
+    for fused, (linear, rows) in parts.items():
+        places |= _parts(linear, PARTS[fused], rows, stored)
     if layer.q_norm is not None and layer.k_norm is not None:
         places |= {"self_attn.q_norm.weight": _Place(layer.q_norm), "self_attn.k_norm.weight": _Place(layer.k_norm)}
     if layer.alpha is not None and layer.alpha_norm is not None:
@@ -108,10 +142,17 @@ def _layer_places(layer: DecoderLayer) -> dict[str, _Place]:
     return places
 
 
-def _parts(linear: Linear, names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, _Place]:
+def _parts(linear: Linear, names: tuple[str, ...], rows: tuple[int, ...], stored: frozenset[str]) -> dict[str, _Place]:
     scales = (None,) * len(rows) if linear.scale is None else linear.scale.split(rows)
-    parts = zip(linear.weight.split(rows), scales, strict=True)
-    places = {f"{name}.weight": _Place(*part) for name, part in zip(names, parts, strict=True)}
+    places = {}
+    for name, values, scale in zip(names, linear.weight.split(rows), scales, strict=True):
+        if scale is None or name not in stored:
+            places[f"{name}.weight"] = _Place(values, scale)
+            continue
+        shape = torch.tensor(_Place(values, scale).shape)
+        places[f"{name}.weight_packed"] = _Place(values)
+        places[f"{name}.weight_scale"] = _Place(scale)
+        places[f"{name}.weight_shape"] = _Place(torch.empty_like(shape), expected=shape)
     if linear.bias is not None:
         places |= {f"{name}.bias": _Place(part) for name, part in zip(names, linear.bias.split(rows), strict=True)}
     return places

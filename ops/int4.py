@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["GROUPS", "PER_WORD", "dequantise_int4", "pack_int4", "quantise_int4"]
+__all__ = ["GROUPS", "INT4", "PER_WORD", "dequantise_int4", "pack_int4", "quantise_int4"]
 
+INT4 = torch.int32  # the dtype of what is packed, which also stands for int4 where a dtype says how weights are stored
 GROUPS = (128, 64, 32)
 PER_WORD = 8
 _LARGEST = -8.0

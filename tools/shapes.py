@@ -96,7 +96,7 @@ def random_model(config: ModelConfig, dms: DMSConfig | None, *, seed: int = 0, *
     resolved = resolve_options(config, **(arguments | options))
     decoder = Decoder(
         config, dms, num_positions=resolved.max_context, dtype=resolved.dtype, device=resolved.device,
-        weight_dtype=resolved.weights,
+        weight_dtype=resolved.weights, head_dtype=resolved.head,
     )  # fmt: skip
     generator = torch.Generator(resolved.device).manual_seed(seed)
 

@@ -15,6 +15,7 @@ from fastdms.checkpoint.dms import read_dms
 from fastdms.checkpoint.gguf_file import GGUFFile
 from fastdms.checkpoint.hf_config import FAMILIES, parse_config
 from fastdms.checkpoint.hub import download_folder, is_hub_id
+from fastdms.checkpoint.int4_config import int4_layers, read_group
 from fastdms.checkpoint.json_file import read_json_object
 from fastdms.checkpoint.model_object import ModelObject, origin_folder, tokenizer_folder
 from fastdms.checkpoint.safetensors_folder import SafetensorsFolder
@@ -41,7 +42,8 @@ class Checkpoint:
         """Each weight in turn under its transformers name, on the CPU and in transformers' row order.
 
         Exactly the tensors that the checkpoint assigns to the model, those of a DMS adapter included; float32 from a
-        GGUF file, as stored otherwise. A tied output head is left out. Each call starts anew.
+        GGUF file, as stored otherwise: a layer of ``config.int4`` is three tensors. A tied output head is left out.
+        Each call starts anew.
         """
         return self.source()
 
@@ -82,9 +84,16 @@ def _from_folder(name: str, folder: Path, read_metadata: bool) -> Checkpoint:
     values = read_json_object(config_path)
     generation = read_json_object(generation_path) if generation_path.exists() else {}
     # An unsupported model should be refused as such before its weights are looked at.
-    config = parse_config(values, generation, str(config_path), torch.float32)
+    try:
+        group = read_group(values)
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+    described = values if group is None else {key: values[key] for key in values if key != "quantization_config"}
+    config = parse_config(described, generation, str(config_path), torch.float32)
     weights = SafetensorsFolder(folder)
     config = _as_stored(config, weights.dtypes)
+    if group is not None:
+        config = replace(config, int4=int4_layers(group, weights.dtypes))
     dms = read_dms(values, str(config_path), folder, weights.dtypes, config) if read_metadata else None
     return Checkpoint(name=name, config=config, dms=dms, tokenizer_path=folder, source=weights.tensors)
 
@@ -111,8 +120,9 @@ def _from_gguf(name: str, path: Path) -> Checkpoint:
 
 def _as_stored(config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> ModelConfig:
     """What the tensors say overrides the configuration: their dtype, and an output head of its own if there is one."""
+    has_head = "lm_head.weight" in dtypes or "lm_head.weight_packed" in dtypes
     return replace(
         config,
         weight_dtype=dtypes.get("model.embed_tokens.weight", config.weight_dtype),
-        tie_word_embeddings=config.tie_word_embeddings and "lm_head.weight" not in dtypes,
+        tie_word_embeddings=config.tie_word_embeddings and not has_head,
     )

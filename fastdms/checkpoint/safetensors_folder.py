@@ -16,6 +16,7 @@ __all__ = ["SafetensorsFolder"]
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INT4_DTYPES = {"weight_packed": {"I32": torch.int32}, "weight_shape": {"I64": torch.int64, "I32": torch.int32}}
 
 
 class SafetensorsFolder:
@@ -25,7 +26,7 @@ class SafetensorsFolder:
     are left unread. Old rotary buffers (``rotary_emb.inv_freq``) are left out.
 
     Raises ValueError, with the file's name, for a missing or truncated file, a tensor that isn't in the file the index
-    gives, and a dtype other than F32, F16 and BF16.
+    gives, and a dtype other than F32, F16 and BF16 (I32 and I64 in the tensors of int4 layers).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,9 +81,10 @@ def _header(path: Path, names: list[str] | None) -> dict[str, torch.dtype]:
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             dtype = file.get_slice(name).get_dtype()
-            if dtype not in _DTYPES:
-                raise ValueError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(_DTYPES)}")
-            dtypes[name] = _DTYPES[dtype]
+            supported = _INT4_DTYPES.get(name.rpartition(".")[2], _DTYPES)
+            if dtype not in supported:
+                raise ValueError(f"{path}: tensor {name} is {dtype}; supported are {', '.join(supported)}")
+            dtypes[name] = supported[dtype]
     return dtypes
 
 

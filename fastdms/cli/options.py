@@ -30,7 +30,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dms", choices=("auto", "off"), help="auto: evict as the model was trained to; off: never")
     group.add_argument("--device", help="cpu, cuda or cuda:N; cuda where there is one")
     group.add_argument("--dtype", help="of weights and computation: fp32, bf16 or fp16")
-    group.add_argument("--weights", help="of the linear layers: auto (as --dtype), bf16 or fp8")
+    group.add_argument(
+        "--weights",
+        help="of the linear layers: auto (as --dtype, or as an int4 checkpoint stores them), bf16, fp8 or int4",
+    )
     group.add_argument("--kv-dtype", help="of the KV cache: auto, fp32, bf16 or fp8")
     group.add_argument("--kv-memory", type=_memory, metavar="SIZE", help="for the cache: 512MiB, 2GB, or a share: 0.5")
     group.add_argument("--max-context", type=int, metavar="TOKENS", help="prompt and answer together")

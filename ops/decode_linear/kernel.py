@@ -60,8 +60,8 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
     if bits == 32:
         return Tile(channels=16, depth=64, warps=4, stages=2)
     if bits == 4:
-        few = n <= 2**11 or swiglu
-        return Tile(channels=16 if few else 32, depth=4 * group, warps=4, stages=5)
+        cut = Tile(channels=32, depth=8 * group, warps=8, stages=3)
+        return cut if n > 2**12 and not swiglu else Tile(channels=16, depth=4 * group, warps=4, stages=5)
     most = max(64, triton.next_power_of_2(k))
     if swiglu and bits == 16:
         return Tile(channels=32, depth=min(256, most), warps=4, stages=4)

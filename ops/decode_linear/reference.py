@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastdms.ops.int4 import dequantise_int4
+from fastdms.ops.int4 import INT4, dequantise_int4
 
 
 def decode_linear(
@@ -22,7 +22,7 @@ def decode_linear(
     h = x.float()
     if norm is not None:
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps) * norm.float()
-    if weight.dtype == torch.int32:
+    if weight.dtype == INT4:
         assert scale is not None
         y = F.linear(h, dequantise_int4(weight, scale, torch.float32))
     else:

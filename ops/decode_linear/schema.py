@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdms.ops.int4 import GROUPS, PER_WORD
+from fastdms.ops.int4 import GROUPS, INT4, PER_WORD
 from fastdms.ops.registry import register
 from fastdms.ops.span_cache import check
 
@@ -42,18 +42,18 @@ def _check(
 
 def _check_weight(weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor) -> None:
     dtype, columns = weight.dtype, x.shape[1]
-    per_element = PER_WORD if dtype == torch.int32 else 1
+    per_element = PER_WORD if dtype == INT4 else 1
     fits = weight.dim() == 2 and weight.shape[0] > 0 and 0 < weight.shape[1] * per_element == columns
     expected = f"[N, {columns} / {per_element}]" if per_element > 1 else f"[N, {columns}]"
     check(
         fits and weight.is_contiguous(), f"weight must be contiguous {expected}, not empty, got {tuple(weight.shape)}"
     )
-    stored = (torch.float8_e4m3fn, torch.int32)
+    stored = (torch.float8_e4m3fn, INT4)
     check(dtype in (x.dtype, *stored), f"weight must be {x.dtype}, float8_e4m3fn or int4 in int32, got {dtype}")
     check(
         (dtype in stored) == (scale is not None), f"scale goes with fp8 and int4 weights alone, the weight is {dtype}"
     )
-    if dtype == torch.int32:
+    if dtype == INT4:
         assert scale is not None
         shapes = [(weight.shape[0], columns // group) for group in GROUPS if columns % group == 0]
         check(

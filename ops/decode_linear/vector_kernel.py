@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_linear.int4_kernel import int4_numbers
-from fastdms.ops.int4 import PER_WORD
+from fastdms.ops.int4 import INT4, PER_WORD
 from fastdms.ops.triton_common import dependent_launch
 
 _DTYPES = {
@@ -24,7 +24,7 @@ _DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float8_e4m3fn: tl.float8e4nv,
-    torch.int32: tl.int32,  # int4, eight in a word
+    INT4: tl.int32,
 }
 _FP8_TO_FP32 = tl.constexpr("""{
 .reg .b16 l, h, a, b;
@@ -272,7 +272,7 @@ def decode_vector(
 
 def group_and_bits(weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor) -> tuple[int, int]:
     """Weights that share a scale within a row, 0 but for int4, and the bits of each."""
-    if weight.dtype != torch.int32:
+    if weight.dtype != INT4:
         return 0, 8 * weight.element_size()
     assert scale is not None
     return x.shape[1] // scale.shape[1], 32 // PER_WORD

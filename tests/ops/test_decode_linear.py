@@ -16,12 +16,12 @@ from fastdms.ops import MOST_ROWS, decode_linear
 from fastdms.ops.decode_linear import vector_kernel
 from fastdms.ops.decode_linear.kernel import Tile, prefetch_bytes, tile
 from fastdms.ops.int4 import GROUPS, dequantise_int4, quantise_int4
+from fastdms.ops.int4 import INT4 as _INT4
 from tests.ops.harness import BACKENDS, DEVICE, on
 from tests.tolerance import LOGITS_RELATIVE, assert_within_error_budget, rounding_band
 
 _GPU = pytest.mark.gpu  # the interpreter rounds bf16 and fp8 wrongly
 _FP8 = torch.float8_e4m3fn
-_INT4 = torch.int32  # eight in each
 # (compute dtype, weight dtype)
 _DTYPES = [
     pytest.param(torch.float32, torch.float32, id="fp32"),
