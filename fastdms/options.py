@@ -26,7 +26,7 @@ DTYPES = {
 }
 WEIGHTS = ("auto", "bf16", "fp8", "int4")
 # In int4 an output head costs several times what it costs in fp8 (``docs/lab-notes.md``).
-_QUANTISED = {"fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn), "int4": (INT4, torch.float8_e4m3fn)}
+QUANTISED = {"fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn), "int4": (INT4, torch.float8_e4m3fn)}
 _MAX_ROWS = 256
 
 
@@ -84,7 +84,7 @@ def resolve_options(
     context = _integer("max_context", limit if max_context is None else max_context, 2, limit)
     if kv_memory is not None:
         _check_kv_memory(kv_memory)
-    stored, head = _QUANTISED.get(weights, (compute if config.int4 is None else INT4, compute))
+    stored, head = QUANTISED.get(weights, (compute if config.int4 is None else INT4, compute))
     return Options(
         device=place,
         dtype=compute,

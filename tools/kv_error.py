@@ -1,6 +1,7 @@
 """``fastdms kv-error``: what a KV dtype costs, as the KL divergence of the next-token distribution from fp32 pages.
 
-``fp8 weights`` has fp32 pages too: it shows what ``weights="fp8"`` costs.
+``fp8 weights`` and ``int4 weights`` have fp32 pages too: they show what ``weights="fp8"`` and ``"int4"`` cost.
+``int4, exact head`` and ``int4, int4 head`` are the same but for the output head, which is fp8 with ``weights="int4"``.
 ``fp8, no scale`` stores plain e4m3, to show what the scale per token and head is worth. The runtime has no such pages:
 for that line alone the quantiser of the CPU references, ``fastdms.ops.quantise.quantise``, is replaced.
 """
@@ -12,15 +13,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdms.cli.options import Parser
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a line for each KV dtype and one for fp8 weights.
+    """Print a line for each KV dtype and for fp8 and int4 weights.
 
     Each gives the mean and the largest KL divergence (nats/token), and the share of equal greedy tokens.
     """
@@ -38,6 +42,7 @@ def _report(args: argparse.Namespace) -> None:
     import torch
 
     import fastdms
+    from fastdms.ops.int4 import INT4
     from fastdms.tokenizer import encode_prompt
 
     text = Path(args.text).read_text(encoding="utf-8")
@@ -50,6 +55,9 @@ def _report(args: argparse.Namespace) -> None:
         ("fp8", "fp8", "auto", nullcontext()),
         ("fp8, no scale", "fp8", "auto", _no_scale()),
         ("fp8 weights", "fp32", "fp8", nullcontext()),
+        ("int4 weights", "fp32", "int4", nullcontext()),
+        ("int4, exact head", "fp32", "int4", _head(torch.float32)),
+        ("int4, int4 head", "fp32", "int4", _head(INT4)),
     ):
         options: dict[str, Any] = {"device": "cpu", "kv_dtype": kv_dtype, "weights": weights}
         with patch, fastdms.compile(source, **options, max_concurrency=1, max_context=total) as model:
@@ -66,7 +74,20 @@ def _report(args: argparse.Namespace) -> None:
     for name, other in logprobs.items():
         divergence = (exact.exp() * (exact - other)).sum(-1)
         match = (exact.argmax(-1) == other.argmax(-1)).float().mean()
-        print(f"{name:<14} mean {divergence.mean():.6f}  max {divergence.max():.6f}  greedy match {match:.1%}")
+        print(f"{name:<16} mean {divergence.mean():.6f}  max {divergence.max():.6f}  greedy match {match:.1%}")
+
+
+@contextmanager
+def _head(dtype: torch.dtype) -> Iterator[None]:
+    """The output head of int4 models in ``dtype``, the embedding's or INT4."""
+    from fastdms import options
+
+    before = dict(options.QUANTISED)
+    options.QUANTISED["int4"] = (before["int4"][0], dtype)
+    try:
+        yield
+    finally:
+        options.QUANTISED.update(before)
 
 
 @contextmanager

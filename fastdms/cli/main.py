@@ -23,7 +23,10 @@ TOOLS = {
     "bench": ("fastdms.tools.bench", "measure tokens per second, KV bytes, start and kernels beside their floor"),
     "demo": ("fastdms.tools.demo", "retell a chapter through the compact cache and show what was kept"),
     "retrofit": ("fastdms.tools.retrofit.command", "train DMS into a checkpoint by logit distillation"),
-    "kv-error": ("fastdms.tools.kv_error", "measure how far each KV dtype, and fp8 weights, move a model's logits"),
+    "kv-error": (
+        "fastdms.tools.kv_error",
+        "measure how far each KV dtype, fp8 and int4 weights move a model's logits",
+    ),
     "fuzz": ("fastdms.tools.fuzz", "throw random inputs at the operations until time is up"),
     "quality": ("fastdms.tools.quality", "measure what eviction costs: KLD, greedy match, perplexity, live share"),
 }

@@ -24,7 +24,7 @@ def decode_linear(
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps) * norm.float()
     if weight.dtype == INT4:
         assert scale is not None
-        y = F.linear(h, dequantise_int4(weight, scale, torch.float32))
+        y = F.linear(h, dequantise_int4(weight, scale, h.dtype))
     else:
         y = F.linear(h, weight.float())
         if scale is not None:

@@ -16,6 +16,7 @@ import fastdms
 from fastdms.cli import main
 from fastdms.decoder import Decoder
 from fastdms.kv_report import CacheGeometry, KVReport, RowUsage
+from fastdms.ops.int4 import INT4
 from fastdms.options import resolve_options
 from fastdms.runtime import CompiledModel
 from fastdms.tools.bench import settings as bench_settings
@@ -123,18 +124,23 @@ def test_spread_interpolates() -> None:
     assert floor_ms(3e9, 3.0) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float8_e4m3fn, INT4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weight_bytes_are_those_that_a_step_reads(tied: bool, weights: torch.dtype) -> None:
     config = replace(SHAPES["tiny"], tie_word_embeddings=tied)
     decoder = Decoder(
-        config, None, num_positions=50, dtype=torch.bfloat16, weight_dtype=weights, device=torch.device("cpu")
-    )
+        config, None, num_positions=50, dtype=torch.bfloat16, weight_dtype=weights, device=torch.device("cpu"),
+    )  # fmt: skip
     # 4 query and 2 KV heads of 16, hidden 64, MLP 128, 2 layers, 512 tokens; the output layer is read, a table of its
     # own is only looked up.
     linears = 512 * 64 + 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)
-    scales = 0 if weights == torch.bfloat16 else 4 * (512 + 2 * ((64 + 2 * 32) + 64 + 2 * 128 + 64))
-    assert weight_bytes(decoder) == weights.itemsize * linears + scales + 2 * (2 * 2 * 64 + 64)
+    channels = 512 + 2 * ((64 + 2 * 32) + 64 + 2 * 128 + 64)
+    stored = {
+        torch.bfloat16: 2 * linears,
+        torch.float8_e4m3fn: linears + 4 * channels,
+        INT4: linears // 2 + 2 * linears // 64,  # groups of 64, each with a scale in bf16
+    }
+    assert weight_bytes(decoder) == stored[weights] + 2 * (2 * 2 * 64 + 64)
 
 
 @pytest.mark.parametrize("what", ["decode", "prefill", "memory"])
@@ -160,13 +166,12 @@ def test_each_subcommand_measures_a_random_model(what: str, tmp_path: Path, caps
             assert row["kv_bytes"] < rows[row["rows"] - 1]["kv_bytes"]
 
 
-def test_fp8_weights_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["bench", "memory", *TINY, "--weights", "fp8", "--context", "20", "--concurrency", "1", "--kept", "1"])
-        == 0
-    )
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_fewer_bits_are_measured(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--weights", weights, "--context", "20", "--concurrency", "1", "--kept", "1"]
+    assert main(["bench", "memory", *TINY, *given]) == 0
     (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert (row["weights"], row["dtype"]) == ("fp8", "float32")
+    assert (row["weights"], row["dtype"]) == (weights, "float32")
 
 
 def test_start_runs_cold_then_warm(capsys: pytest.CaptureFixture[str]) -> None:

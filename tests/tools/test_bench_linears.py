@@ -23,7 +23,7 @@ def _spec(linear: str, weights: str = "bf16") -> Spec:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "int4"])
 def test_layers_count_their_bytes(weights: str) -> None:
     for linear, channels, depth, rest in (
         ("qkv", 128, 64, 3 * (64 + 128) + 64),
@@ -35,8 +35,8 @@ def test_layers_count_their_bytes(weights: str) -> None:
         case = build(_spec(f"tiny.{linear}", weights), CPU, num_sets=1)
         out = launch(case.spec, case.sets[0], None, 0)
         assert 0.2 < float(out.float().std()) < 3
-        stored = 2 * channels * depth if weights == "bf16" else channels * (depth + 4)
-        assert case.num_bytes == stored + 2 * rest
+        row = {"bf16": 2 * depth, "fp8": depth + 4, "int4": depth // 2 + 2}[weights]  # one group of 64 or 128
+        assert case.num_bytes == channels * row + 2 * rest
         assert case.num_bytes == out.nbytes + sum(x.nbytes for x in case.sets[0].values())
 
 
@@ -65,12 +65,12 @@ def test_layers_are_timed_beside_the_product_alone(capsys: pytest.CaptureFixture
     assert main(["bench", "kernels", *arguments]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(row["linear"], row["weights"], row["rows"]) for row in rows] == [
-        ("tiny.down", weights, count) for weights in ("bf16", "fp8") for count in (1, 16)
+        ("tiny.down", weights, count) for weights in ("bf16", "fp8", "int4") for count in (1, 16)
     ]
-    assert [list(row["peers"]) for row in rows] == [["product alone"]] * 2 + [[]] * 2
+    assert [list(row["peers"]) for row in rows] == [["product alone"]] * 2 + [[]] * 4
 
 
-@pytest.mark.parametrize(("option", "value"), [("--linear", "tiny.up"), ("--weights", "int4")])
+@pytest.mark.parametrize(("option", "value"), [("--linear", "tiny.up"), ("--weights", "int8")])
 def test_unknown_layers_and_weights_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--device", "cpu", option, value]) == 2
     assert f"{option} must be of" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import fastdms
 from fastdms.bundled_model import default_model
 from fastdms.cli import main
 from fastdms.decoder import DecoderLayer
+from fastdms.ops.int4 import INT4
 from fastdms.tools import demo
 from fastdms.tools.shapes import SHAPES, keep_share_rule, random_model
 from tests.checkpoint.files import edit_json
@@ -23,19 +24,21 @@ from tests.tiny_tokenizers import byte_level, smollm2
 
 
 def test_kv_error_compares_with_fp32_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save_checkpoint(tiny_model("qwen3"), tmp_path / "model")
+    folder = save_checkpoint(tiny_model("qwen3", intermediate_size=128), tmp_path / "model")
     byte_level().save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("a text that is long enough for this " * 4)
     assert main(["kv-error", str(folder), "--text", str(text), "--prompt-tokens", "20", "--decode-tokens", "10"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("mean")[0].strip() for line in lines[1:]] == [
-        "fp32", "bf16", "fp8", "fp8, no scale", "fp8 weights",
+        "fp32", "bf16", "fp8", "fp8, no scale", "fp8 weights", "int4 weights", "int4, exact head", "int4, int4 head",
     ]  # fmt: skip
-    exact, bf16, fp8, plain, weights = (float(line.split("mean")[1].split()[0]) for line in lines[1:])
+    means = [float(line.split("mean")[1].split()[0]) for line in lines[1:]]
+    exact, bf16, fp8, plain, weights = means[:5]
     assert exact == 0.0 < bf16 < fp8
     assert fp8 != plain
     assert bf16 < weights != fp8
+    assert len(set(means[4:])) == 4
 
 
 def test_demo_compares_with_a_dense_cache(
@@ -160,7 +163,7 @@ def test_a_random_model_of_each_shape_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("weights", ["auto", "fp8"])
+@pytest.mark.parametrize("weights", ["auto", "fp8", "int4"])
 def test_a_random_model_has_weights_of_any_kind(weights: str, tied: bool) -> None:
     config = replace(SHAPES["tiny"], tie_word_embeddings=tied)
     with random_model(config, None, device="cpu", weights=weights, max_context=64) as model:
@@ -168,7 +171,9 @@ def test_a_random_model_has_weights_of_any_kind(weights: str, tied: bool) -> Non
         layer = decoder.layers[1]
         assert isinstance(layer, DecoderLayer)
         for linear in (layer.qkv, layer.o, layer.gate_up, layer.down, decoder.lm_head):
-            assert (linear.weight.dtype == torch.float8_e4m3fn) == (weights == "fp8")
+            fp8 = weights == "fp8" or (weights == "int4" and linear is decoder.lm_head)
+            assert (linear.weight.dtype == torch.float8_e4m3fn) == fp8
+            assert (linear.weight.dtype == INT4) == (weights == "int4" and not fp8)
             assert linear.dequantised(torch.float32).std() == pytest.approx(0.02, rel=0.05)
         assert (decoder.lm_head.weight is decoder.embed) == (tied and weights == "auto")
         close = (decoder.lm_head.dequantised(torch.float32) - decoder.embed).abs().max() < 0.01

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdms.ops.int4 import GROUPS, quantise_int4
 from fastdms.tools.bench.spec import DTYPE, Case, Spec
 from fastdms.tools.bench.timing import cold_sets
 from fastdms.tools.shapes import SHAPES
@@ -23,8 +24,9 @@ def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal:
     layer = spec.linear.rpartition(".")[2]
     outputs, depth = _size(spec)
     channels = 2 * outputs if layer == "gate_up" else outputs
-    num_bytes = channels * depth * (1 if spec.weights == "fp8" else DTYPE.itemsize)
-    num_bytes += 4 * channels if spec.weights == "fp8" else 0
+    group = min(depth, GROUPS[0])
+    stored = {"bf16": DTYPE.itemsize * depth, "fp8": depth + 4, "int4": depth // 2 + 2 * depth // group}  # with scales
+    num_bytes = channels * stored[spec.weights]
     num_bytes += spec.rows * (depth * DTYPE.itemsize + outputs * (4 if layer == "lm_head" else DTYPE.itemsize))
     num_bytes += DTYPE.itemsize * (spec.rows * outputs if _adds(layer) else depth)  # residual or norm
     sets = []
@@ -34,6 +36,8 @@ def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal:
         if spec.weights == "fp8":
             scale = weight.float().abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
             one |= {"weight": (weight / scale[:, None]).to(torch.float8_e4m3fn), "scale": scale}
+        elif spec.weights == "int4":
+            one["weight"], one["scale"] = quantise_int4(weight, group)
         one |= {"residual": normal(spec.rows, outputs)} if _adds(layer) else {"norm": normal(depth)}
         sets.append(one)
     return Case(spec=spec, sets=sets, cache=None, num_bytes=num_bytes)

@@ -35,7 +35,7 @@ LINEARS = tuple(
     for shape in ("llama-3.2-1b", "qwen3-8b", "tiny")
     for layer in ("qkv", "o", "gate_up", "down", "lm_head")
 )
-WEIGHTS = ("bf16", "fp8")
+WEIGHTS = ("bf16", "fp8", "int4")
 SPANS = ("uniform", "zipf", "one-keeps-all")
 _KV_DTYPES = ("fp32", "bf16", "fp8")
 

@@ -9,6 +9,7 @@ import torch
 
 from fastdms.ops import MOST_ROWS, soft_attention
 from fastdms.ops.decode_linear import reference as linear_reference
+from fastdms.ops.int4 import GROUPS, dequantise_int4, quantise_int4
 from fastdms.ops.sample.counts import MOST_COUNTED
 from fastdms.ops.sample.reference import LARGEST_UNIFORM, penalised, philox
 from fastdms.ops.soft_attention import reference as soft_reference
@@ -49,17 +50,26 @@ def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
     outputs = pick(rng, s.num_kv_heads, width, min(s.vocab, _MOST_CHANNELS))
     swiglu, fp32_out = (bool(rng.random() < 0.4) for _ in range(2))
     channels = 2 * outputs if swiglu else outputs
-    weight, scale = numbers(rng, (channels, depth), torch.float32) / depth**0.5, None
-    if s.kv_dtype == torch.float8_e4m3fn:
-        scale = weight.abs().amax(1).clamp_min(1e-6) / torch.finfo(s.kv_dtype).max
-        weight = weight / scale[:, None]
+    group = pick(rng, 0, 0, *GROUPS)  # 0: no int4
+    if group:
+        depth = -(-depth // group) * group
+    exact = numbers(rng, (channels, depth), torch.float32) / depth**0.5
+    if group:
+        weight, scale = quantise_int4(exact, group)
+        scale = scale.to((torch.bfloat16, torch.float16, torch.float32)[int(rng.integers(3))])
+        exact = dequantise_int4(weight, scale, torch.float32)
+    elif s.kv_dtype == torch.float8_e4m3fn:
+        scale = exact.abs().amax(1).clamp_min(1e-6) / torch.finfo(s.kv_dtype).max
+        weight = (exact / scale[:, None]).to(s.kv_dtype)
+    else:
+        weight, scale = exact.to(dtype), None
 
     def perhaps(*shape: int) -> torch.Tensor | None:
         return numbers(rng, shape, dtype) if rng.random() < 0.5 else None
 
     inputs = {
-        "x": numbers(rng, (rows, depth), dtype), "weight": weight.to(dtype if scale is None else s.kv_dtype),
-        "scale": scale, "bias": perhaps(channels), "norm": perhaps(depth), "residual": perhaps(rows, outputs),
+        "x": numbers(rng, (rows, depth), dtype), "weight": weight, "scale": scale, "bias": perhaps(channels),
+        "norm": perhaps(depth), "residual": perhaps(rows, outputs),
     }  # fmt: skip
     options: dict[str, Any] = {"norm_eps": float(rng.choice([1e-5, 1e-6])), "swiglu": swiglu, "fp32_out": fp32_out}
     gaps = {name: (0, s.gap_channels) for name in ("x", "residual") if inputs[name] is not None}
@@ -68,11 +78,12 @@ def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
     (out,), _ = call.run_kernel(device)
     expected = evaluate(call, None, dtype)
     # What the sums are made of, however they cancel; a kernel rounds the normalised rows, whose sum may be small, too.
-    x, w, *parts = (None if t is None else t.float().abs() for t in inputs.values())
+    parts = (inputs[name] for name in ("x", "bias", "norm", "residual"))
+    x, bias, norm, residual = (None if part is None else part.float().abs() for part in parts)
     assert x is not None
-    assert w is not None
-    scale, bias, norm, residual = parts
-    sizes = linear_reference.decode_linear(x, w, scale, bias, norm, options["norm_eps"], residual, swiglu, True)
+    sizes = linear_reference.decode_linear(
+        x, exact.abs(), None, bias, norm, options["norm_eps"], residual, swiglu, True
+    )
     terms = depth + 8 + (torch.finfo(dtype).eps / FP32_ROUNDING if norm is not None else 0.0)
     budget = Budget(terms=terms, scale=float(sizes.max()) if rows else 0.0)
     budget.check(op, "output", out, expected.plain[0], expected.truth[0], torch.ones(rows, dtype=torch.bool))
