@@ -40,7 +40,8 @@ def quantise_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch
     exact and all others are within range; it is negative where that weight is positive. Zeros stay zeros.
     """
     exact = weight.float().unflatten(-1, (-1, group))
-    largest = exact.gather(-1, exact.abs().argmax(-1, keepdim=True))
+    low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
     # A tensor to divide by, since CUDA multiplies by the inverse of a number: the same weights on every device.
     scale = (largest / largest.new_tensor(_LARGEST)).to(torch.bfloat16)
     q = torch.where(scale == 0, 0.0, exact / scale.float()).round_().clamp_(-8, 7)

@@ -23,6 +23,7 @@ TOOLS = {
     "bench": ("fastdms.tools.bench", "measure tokens per second, KV bytes, start and kernels beside their floor"),
     "demo": ("fastdms.tools.demo", "retell a chapter through the compact cache and show what was kept"),
     "retrofit": ("fastdms.tools.retrofit.command", "train DMS into a checkpoint by logit distillation"),
+    "quantise": ("fastdms.tools.quantise", "write a checkpoint with int4 weights, as llm-compressor stores them"),
     "kv-error": (
         "fastdms.tools.kv_error",
         "measure how far each KV dtype, fp8 and int4 weights move a model's logits",

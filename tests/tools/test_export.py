@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastdms
-import fastdms.tools.retrofit.export as module
+import fastdms.tools.checkpoint_folder as module
 from fastdms.checkpoint import open_checkpoint
 from fastdms.config import DMSConfig
 from fastdms.tools.retrofit.export import write_checkpoint

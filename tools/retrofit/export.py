@@ -18,26 +18,22 @@ config.json alone don't say which rule was trained, dms_metadata.json says it in
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from fastdms.checkpoint import open_checkpoint
 from fastdms.checkpoint.dms import LAYOUTS, Layout
 from fastdms.checkpoint.dms_keys import config_keys, whole_if_integral
 from fastdms.config import DMSConfig
+from fastdms.tools.checkpoint_folder import new_folder, write_json, write_weights
 
 __all__ = ["write_checkpoint"]
 
-SHARD_BYTES = 5 * 10**9
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template*", "generation_config.json"),
@@ -70,30 +66,17 @@ def write_checkpoint(
         raise ValueError(f"the layout {layout} can't declare a rule with source {dms.source!r}")
     if tokenizer_path is not None and not tokenizer_path.is_dir():
         raise ValueError(f"tokenizer_path must be a folder, got {tokenizer_path}")
-    place = Path(folder).expanduser().resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder; nothing is overwritten")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-        try:
-            new = work / "new"
-            new.mkdir()  # with the permissions that any new folder has, unlike work
-            _write_json(new / "config.json", _config(config_values, dms))
-            metadata = _metadata(config_values, dms, layout)
-            if metadata is not None:
-                _write_json(new / "dms_metadata.json", metadata)
-            _write_json(new / "training.json", training)
-            _copy_tokenizer(tokenizer_path, new)
-            _write_weights(new, tensors)
-            declared = open_checkpoint(new).dms
-            if declared != dms:
-                raise ValueError(f"the layout {layout} can't declare {dms}: it would be read as {declared}")
-            new.rename(place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"can't write {folder}: {error}") from error
+    with new_folder(folder) as new:
+        write_json(new / "config.json", _config(config_values, dms))
+        metadata = _metadata(config_values, dms, layout)
+        if metadata is not None:
+            write_json(new / "dms_metadata.json", metadata)
+        write_json(new / "training.json", training)
+        _copy_tokenizer(tokenizer_path, new)
+        write_weights(new, tensors)
+        declared = open_checkpoint(new).dms
+        if declared != dms:
+            raise ValueError(f"the layout {layout} can't declare {dms}: it would be read as {declared}")
     return Path(folder)
 
 
@@ -127,55 +110,3 @@ def _copy_tokenizer(source: Path | None, folder: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """One model.safetensors, or shards of at most ``SHARD_BYTES`` (or one tensor) with an index."""
-    shards: list[list[str]] = []
-    weight_map: dict[str, int] = {}
-    pending: dict[str, torch.Tensor] = {}
-    total_bytes = pending_bytes = 0
-
-    def flush() -> None:
-        save_file(pending, folder / _part(len(shards)), metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if name in weight_map:
-            raise ValueError(f"tensor {name} occurs twice")
-        if pending and pending_bytes + tensor.nbytes > SHARD_BYTES:
-            flush()
-            pending_bytes = 0
-        weight_map[name] = len(shards)
-        pending[name] = _own(tensor)
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    if not pending:
-        raise ValueError("there are no tensors to write")
-    flush()
-    if len(shards) == 1:
-        (folder / _part(0)).rename(folder / "model.safetensors")
-        return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, name in enumerate(names):
-        (folder / _part(i)).rename(folder / name)
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {name: names[shard] for name, shard in sorted(weight_map.items())},
-    }
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _part(index: int) -> str:
-    return f"part-{index}.safetensors"
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, contiguous, and with no other tensor's data in its storage, as safetensors wants it."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
