@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastdms
 from fastdms.checkpoint import open_checkpoint
+from fastdms.cli import main
 from fastdms.decoder import Decoder
 from fastdms.ops import MOST_ROWS
 from fastdms.ops.int4 import INT4
@@ -260,6 +261,11 @@ def test_what_means_the_same_is_read(stored: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         edit_json(folder / "config.json", quantization_config=values)
         assert open_checkpoint(folder).config == plain.config
+
+
+def test_inspect_tells_of_it(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(stored)]) == 0
+    assert "million, float32, 14 linear layers int4 in groups of 32" in capsys.readouterr().out
 
 
 def test_an_adapter_stays_as_it_is(tmp_path: Path) -> None:

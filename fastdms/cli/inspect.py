@@ -27,6 +27,8 @@ def run(argv: Sequence[str]) -> int:
     checkpoint = open_checkpoint(default_model() if args.model is None else args.model)
     config, dms = checkpoint.config, checkpoint.dms
     weight_dtype = str(config.weight_dtype).removeprefix("torch.")
+    if config.int4 is not None:
+        weight_dtype += f", {len(config.int4.names)} linear layers int4 in groups of {config.int4.group}"
     scaling = ", ".join(f"{name} {value}" for name, value in config.rope.parameters)
     rows = [
         ("model", checkpoint.name),

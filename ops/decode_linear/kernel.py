@@ -55,10 +55,10 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
     """The cut for ``n`` output channels of ``k`` weights of ``bits`` that measured best (``docs/lab-notes.md``): where
     channels are few, as many programs as a card has multiprocessors. That of int4 is not measured yet.
 
-    group: of int4 weights; each warp's share of the columns is one.
+    bits: 32 also for fp32 rows. group: of int4 weights; each warp's share of the columns is one.
     """
     if bits == 32:
-        return Tile(channels=16, depth=64, warps=4, stages=2)
+        return Tile(channels=16, depth=4 * group or 64, warps=4, stages=2)
     if bits == 4:
         cut = Tile(channels=32, depth=8 * group, warps=8, stages=3)
         return cut if n > 2**12 and not swiglu else Tile(channels=16, depth=4 * group, warps=4, stages=5)
@@ -300,7 +300,7 @@ def decode_linear(
         )  # fmt: skip
         x = normed
     group, bits = group_and_bits(weight, scale, x)
-    cut = tile(n, k, max(bits, 32 if x.dtype == torch.float32 and not group else 0), swiglu, group)
+    cut = tile(n, k, 32 if x.dtype == torch.float32 else bits, swiglu, group)
     padded = max(8, triton.next_power_of_2(rows))
     column_bits = cut.channels * (2 if swiglu else 1) * bits + padded * 8 * x.element_size()
     _decode_linear_kernel[(triton.cdiv(n, cut.channels),)](

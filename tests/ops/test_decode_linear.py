@@ -299,10 +299,13 @@ def test_an_empty_batch(backend: str, fp32_out: bool) -> None:
 
 def test_prefetches_lie_within_their_rows() -> None:
     sizes = ((1, 8), (8, 24), (2048, 2048), (2048, 8192), (8192, 2048), (128_256, 2048), (151_936, 4096))
-    for (n, k), dtype, swiglu in itertools.product(sizes, (torch.float32, torch.bfloat16, _FP8), (False, True)):
-        weight = torch.empty(n, k, dtype=dtype, device="meta")
-        cut = tile(n, k, 8 * weight.element_size(), swiglu)
-        rows, row_bytes = cut.channels * (2 if swiglu else 1), k * weight.element_size()
+    for (n, k), dtype, swiglu in itertools.product(sizes, (torch.float32, torch.bfloat16, _FP8, _INT4), (False, True)):
+        int4 = dtype == _INT4
+        if int4 and k % GROUPS[-1]:
+            continue
+        weight = torch.empty(n, k // 8 if int4 else k, dtype=dtype, device="meta")
+        cut = tile(n, k, 4, swiglu, GROUPS[-1]) if int4 else tile(n, k, 8 * weight.element_size(), swiglu)
+        rows, row_bytes = cut.channels * (2 if swiglu else 1), weight.shape[1] * weight.element_size()
         share = prefetch_bytes(weight, cut, swiglu)
         if row_bytes % 16:
             assert share == 0
