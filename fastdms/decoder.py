@@ -11,6 +11,7 @@ from torch import nn
 
 from fastdms.cache import CompactCache
 from fastdms.config import DMSConfig, ModelConfig
+from fastdms.linear import Linear, LinearMaker, empty
 from fastdms.ops import (
     MOST_ROWS,
     SpanCache,
@@ -23,18 +24,10 @@ from fastdms.ops import (
     prefill_attention,
     prefill_rope,
 )
-from fastdms.ops.int4 import GROUPS, INT4, PER_WORD, dequantise_int4
 from fastdms.rope import rope_tables
 
-__all__ = ["PARTS", "Chunk", "Decoder", "DecoderLayer", "DenseHistory", "Linear", "int4_group"]
+__all__ = ["Chunk", "Decoder", "DecoderLayer", "DenseHistory", "Linear"]
 
-# What a fused layer is made of, by published names.
-PARTS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 _NEVER_EVICT = (1.0, float("inf"))
 
 
@@ -70,99 +63,6 @@ class DenseHistory:
         shape = (config.num_layers, num_tokens, config.num_kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
-
-
-class Linear(nn.Module):
-    """``weight [outputs, inputs]`` with perhaps a ``bias``; one in fp8 is multiplied by ``scale [outputs]`` fp32.
-
-    int4 is int32 ``[outputs, inputs / 8]`` with ``scale [outputs, inputs / group]``, as ``decode_linear`` takes them.
-    """
-
-    def __init__(
-        self, weight: nn.Parameter, scale: nn.Parameter | None = None, bias: nn.Parameter | None = None
-    ) -> None:
-        super().__init__()
-        self.weight, self.scale, self.bias = weight, scale, bias
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight in the compute dtype, rounded to it once; of fp8 and int4 a copy that is the caller's."""
-        if self.scale is None:
-            return self.weight
-        if self.weight.dtype == INT4:
-            return dequantise_int4(self.weight, self.scale, dtype)
-        # The product is fp32, whatever the dtype of its left side.
-        return self.weight.to(dtype).mul_(self.scale[:, None])
-
-
-def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-def int4_group(config: ModelConfig) -> int:
-    """How many weights of a row share a scale where a model is made int4: the most that fits all its layers.
-
-    Raises ValueError that names a layer where nothing does.
-    """
-    inputs = {
-        "self_attn.q_proj": config.hidden_size,
-        "self_attn.o_proj": config.num_heads * config.head_dim,
-        "mlp.down_proj": config.intermediate_size,
-    }
-    for group in GROUPS:
-        odd = [f"model.layers.0.{name} has {size} inputs" for name, size in inputs.items() if size % group]
-        if not odd:
-            return group
-    raise ValueError(f"int4 weights come in groups of {', '.join(map(str, GROUPS))} of a row, and {odd[0]}")
-
-
-class _Maker:
-    """Makes the empty linear layers of a decoder. ``weight_dtype`` and ``head_dtype`` as ``Decoder`` has them."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        weight_dtype: torch.dtype,
-        head_dtype: torch.dtype,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._config, self._weight_dtype, self._head_dtype = config, weight_dtype, head_dtype
-        self.dtype, self.device = dtype, device
-
-    def layer(self, index: int, layer: str, inputs: int, outputs: int, bias: bool) -> Linear:
-        """The fused layer of that name in ``PARTS``; what a checkpoint stores as int4 decides, if it stores any."""
-        names = tuple(f"model.layers.{index}.{part}" for part in PARTS[layer])
-        stored, kind = self._config.int4, self._weight_dtype
-        if stored is not None:
-            kind = INT4 if stored.has(names) else self.dtype
-        return self._linear(names[0], inputs, outputs, bias, kind)
-
-    def head(self, inputs: int, outputs: int) -> Linear:
-        stored = self._config.int4
-        kind = INT4 if stored is not None and stored.has(("lm_head",)) else self._head_dtype
-        return self._linear("lm_head", inputs, outputs, False, kind)
-
-    def _linear(self, name: str, inputs: int, outputs: int, bias: bool, weight_dtype: torch.dtype) -> Linear:
-        place = {"device": self.device}
-        scale = None
-        if weight_dtype == INT4:
-            group, scale_dtype = self._group(name, inputs)
-            weight = _empty(outputs, inputs // PER_WORD, dtype=INT4, **place)
-            scale = _empty(outputs, inputs // group, dtype=scale_dtype, **place)
-        else:
-            weight = _empty(outputs, inputs, dtype=weight_dtype, **place)
-            if weight_dtype == torch.float8_e4m3fn:
-                scale = _empty(outputs, dtype=torch.float32, **place)
-        return Linear(weight, scale, _empty(outputs, dtype=self.dtype, **place) if bias else None)
-
-    def _group(self, name: str, inputs: int) -> tuple[int, torch.dtype]:
-        stored = self._config.int4
-        if stored is None or name not in stored.names:
-            return int4_group(self._config), torch.bfloat16
-        if inputs % stored.group:
-            raise ValueError(f"{name} has {inputs} inputs, which are no whole groups of {stored.group} int4 weights")
-        return stored.group, stored.scale_dtype
 
 
 def _apply(
@@ -211,7 +111,7 @@ class DecoderLayer(nn.Module):
         dms: DMSConfig | None,
         zero_borrowed: str,
         index: int,
-        maker: _Maker,
+        maker: LinearMaker,
     ) -> None:
         super().__init__()
         c = config
@@ -226,7 +126,7 @@ class DecoderLayer(nn.Module):
         self.decision = decision_constants(dms.alpha_scale, dms.alpha_offset) if dms else _NEVER_EVICT
 
         def vector(size: int) -> nn.Parameter:
-            return _empty(size, dtype=maker.dtype, device=maker.device)
+            return empty(size, dtype=maker.dtype, device=maker.device)
 
         def linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
             return maker.layer(index, name, inputs, outputs, bias)
@@ -241,7 +141,7 @@ class DecoderLayer(nn.Module):
         adapter = dms is not None and dms.source == "adapter"
         self.alpha_norm = vector(c.hidden_size) if adapter else None
         shape = (c.num_kv_heads, c.hidden_size)
-        self.alpha = Linear(_empty(*shape, dtype=maker.dtype, device=maker.device)) if adapter else None
+        self.alpha = Linear(empty(*shape, dtype=maker.dtype, device=maker.device)) if adapter else None
 
     def decode(
         self,
@@ -336,13 +236,13 @@ class Decoder(nn.Module):
             zero_borrowed = dms.zero_borrowed if dms.source == "borrowed_q" else "none"
         weight_dtype = weight_dtype or dtype
         head_dtype = head_dtype or weight_dtype
-        maker = _Maker(config, weight_dtype=weight_dtype, head_dtype=head_dtype, dtype=dtype, device=device)
+        maker = LinearMaker(config, weight_dtype=weight_dtype, head_dtype=head_dtype, dtype=dtype, device=device)
         vocabulary, hidden = config.vocab_size, config.hidden_size
-        self.embed = _empty(vocabulary, hidden, dtype=dtype, device=device)
+        self.embed = empty(vocabulary, hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
             DecoderLayer(config, dms, zero_borrowed, index, maker) for index in range(config.num_layers)
         )
-        self.norm = _empty(hidden, dtype=dtype, device=device)
+        self.norm = empty(hidden, dtype=dtype, device=device)
         if config.tie_word_embeddings and head_dtype == dtype:
             self.lm_head = Linear(self.embed)
         else:  # what is looked up stays as it is, also where fewer bits of it are multiplied by

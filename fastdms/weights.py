@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastdms.decoder import PARTS, Decoder, DecoderLayer, Linear
+from fastdms.decoder import Decoder, DecoderLayer
+from fastdms.linear import PARTS, Linear
 from fastdms.ops.int4 import INT4, PER_WORD, quantise_int4
 from fastdms.ops.quantise import FP8_MAX
 

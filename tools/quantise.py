@@ -17,7 +17,7 @@ from fastdms.checkpoint import Checkpoint, open_checkpoint
 from fastdms.checkpoint.int4_config import quantization_config
 from fastdms.checkpoint.json_file import read_json_object
 from fastdms.cli.options import Parser
-from fastdms.decoder import PARTS, int4_group
+from fastdms.linear import PARTS, int4_group
 from fastdms.ops.int4 import quantise_int4
 from fastdms.tools.checkpoint_folder import new_folder, write_json, write_weights
 
