@@ -127,4 +127,4 @@ def _draw_programs(batch: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     most = torch.cuda.get_device_properties(device).multi_processor_count // batch
-    return 1 << (min(PARTS.value, max(1, most)).bit_length() - 1)
+    return int(1 << (min(PARTS.value, max(1, most)).bit_length() - 1))
