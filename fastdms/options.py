@@ -25,7 +25,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 WEIGHTS = ("auto", "bf16", "fp8", "int4")
-# In int4 an output head costs several times what it costs in fp8 (``docs/lab-notes.md``).
+# An output head in int4 costs four times what one in fp8 does (``docs/lab-notes.md``).
 QUANTISED = {"fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn), "int4": (INT4, torch.float8_e4m3fn)}
 _MAX_ROWS = 256
 
