@@ -53,15 +53,18 @@ class Tile(NamedTuple):
 
 def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
     """The cut for ``n`` output channels of ``k`` weights of ``bits`` that measured best (``docs/lab-notes.md``): where
-    channels are few, as many programs as a card has multiprocessors. That of int4 is not measured yet.
+    channels are few, as many programs as a card has multiprocessors.
 
     bits: 32 also for fp32 rows. group: of int4 weights; each warp's share of the columns is one.
     """
     if bits == 32:
         return Tile(channels=16, depth=4 * group or 64, warps=4, stages=2)
     if bits == 4:
-        cut = Tile(channels=32, depth=8 * group, warps=8, stages=3)
-        return cut if n > 2**12 and not swiglu else Tile(channels=16, depth=4 * group, warps=4, stages=5)
+        if n > 2**12 and not swiglu:
+            return Tile(channels=32, depth=8 * group, warps=8, stages=3)
+        if k > 2**12:
+            return Tile(channels=16, depth=8 * group, warps=8, stages=3)
+        return Tile(channels=16, depth=4 * group, warps=4, stages=3 if swiglu else 5)
     most = max(64, triton.next_power_of_2(k))
     if swiglu and bits == 16:
         return Tile(channels=32, depth=min(256, most), warps=4, stages=4)

@@ -133,16 +133,14 @@ def _attend_hopper_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_R: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    PAIRS: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """``_attend_kernel`` of attend_kernel: the same tiles in the same order.
 
-    Nothing waits for a product before it must: while a tile's weights are computed, the tensor cores have the values
-    of the tile before, and with PAIRS also the keys of the next; two at a time, since each has scores of its own then.
+    While a tile's weights are computed, the tensor cores have the values of the tile before.
     """
-    gl.static_assert((4 if PAIRS else 3) <= STAGES)  # what is waited for has been fetched
+    gl.static_assert(STAGES >= 3)  # what is waited for has been fetched
     DTYPE: gl.constexpr = packed_k_desc.dtype
     SHARED: gl.constexpr = packed_k_desc.layout
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
@@ -213,44 +211,23 @@ def _attend_hopper_kernel(
         _wait(0, total, k_here, STAGES)
         b_x = warpgroup_mma_wait(0, [_scores(0, b_q, ring, X, STAGES)])
 
-        if PAIRS:
-            for pair in range(0, whole // 2):
-                tile = 2 * pair
-                _wait(tile + 1, total, k_here, STAGES)
-                _wait(tile, total, v_here, STAGES)
-                b_next = _scores(tile + 1, b_q, ring, X, STAGES)
-                b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
-                b_next_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
-                b_x = warpgroup_mma_wait(1, [b_next])
-                _wait(tile + 2, total, k_here, STAGES)
-                _wait(tile + 1, total, v_here, STAGES)
-                b_next = _scores(tile + 2, b_q, ring, X, STAGES)
-                b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
-                _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
-                b_acc = warpgroup_mma_wait(1, [b_next_acc])
-                b_next_acc = _accumulate(tile + 1, b_w, b_old, b_acc, ring, ACC, STAGES)
-                _fetch(tile + STAGES, ends, first_rows, descs, ring, STAGES)
-                b_x, b_acc = warpgroup_mma_wait(0, [b_next, b_next_acc])
-            b_acc = warpgroup_mma_init(b_acc)
-        else:
-            b_acc = warpgroup_mma_init(b_acc)
-            for tile in range(0, whole):
-                _wait(tile + 1, total, k_here, STAGES)
-                _wait(tile, total, v_here, STAGES)
-                b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
-                b_acc = warpgroup_mma_wait(0, [b_acc])
-                b_next = _scores(tile + 1, b_q, ring, X, STAGES)
-                b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
-                _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
-                b_x = warpgroup_mma_wait(1, [b_next])
+        b_acc = warpgroup_mma_init(b_acc)
+        for tile in range(0, whole):
+            _wait(tile + 1, total, k_here, STAGES)
+            _wait(tile, total, v_here, STAGES)
+            b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+            b_acc = warpgroup_mma_wait(0, [b_acc])
+            b_next = _scores(tile + 1, b_q, ring, X, STAGES)
+            b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
+            _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
+            b_x = warpgroup_mma_wait(1, [b_next])
 
         # Of tokens in the ring and of the chunk's own: the last query that sees them.
         p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
         p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
         query = first_query + gl.arange(0, BLOCK_R, ROWS) // G
         o_n = gl.arange(0, BLOCK_N, FLAT)
-        rest = whole // 2 * 2 if PAIRS else whole
-        for tile in range(rest, total):
+        for tile in range(whole, total):
             _wait(tile + 1, total, k_here, STAGES)
             _wait(tile, total, v_here, STAGES)
             # The tile's first key, counted among those of its kind, and how many of them there are from it on.
@@ -292,19 +269,21 @@ def _attend_hopper_kernel(
 
 
 class Tile(NamedTuple):
-    """rows: queries times grouped heads, 16 a warp; keys; stages: tiles in the ring; programs: on a multiprocessor at
-    once, which the registers are shared among; pairs: as the kernel says."""
+    """rows: queries times grouped heads; keys; stages: tiles in the ring; programs: on a multiprocessor at once, which
+    the registers are shared among."""
 
     rows: int
     keys: int
     num_warps: int
     stages: int
     programs: int
-    pairs: bool
 
 
 def hopper_tile(head_dim: int) -> Tile:
-    return Tile(128, 128 if head_dim == 64 else 64, 8, 6, programs=1, pairs=True)
+    """What measured best (``docs/lab-notes.md``)."""
+    if head_dim == 64:
+        return Tile(rows=128, keys=64, num_warps=4, stages=4, programs=2)
+    return Tile(rows=128, keys=64, num_warps=8, stages=4, programs=1)
 
 
 def is_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -340,7 +319,7 @@ def attend(
     ]
     _attend_hopper_kernel[(triton.cdiv(tokens, block_m) + num_chunks, num_kv_heads)](
         q, chunk_indptr, plan, lists, kept_before, until, *described, out, *q.stride()[:2], num_chunks, tokens,
-        scale_log2, G=group, D=head_dim, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys, PAIRS=tile.pairs,
+        scale_log2, G=group, D=head_dim, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys,
         STAGES=tile.stages, num_warps=tile.num_warps, **shared,
         maxnreg=min(255, _REGISTERS // (32 * tile.num_warps * tile.programs) // 8 * 8),
     )  # fmt: skip

@@ -33,12 +33,29 @@ def _meet(meeting_ptr, meetings, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
+def _halved(parts, HALF: tl.constexpr):
+    """Half as many tensors: the i-th joined with that HALF after it."""
+    joined = ()
+    for i in tl.static_range(HALF):
+        joined += (tl.join(parts[i], parts[i + HALF]),)
+    return joined
+
+
+@triton.jit
+def _stacked(parts):
+    """``[B, WAYS]`` of as many ``[B]``: a thread keeps what it has."""
+    (whole,) = _halved(_halved(_halved(_halved(parts, 8), 4), 2), 1)
+    return tl.reshape(whole, [whole.shape[0], WAYS])
+
+
+@triton.jit
 def _sums_within(
     scratch_ptr,
     sums_ptr,
     meeting_ptr,
     meetings,
-    bits,
+    low,
+    step,
     limit,
     first_part,
     part_size,
@@ -47,13 +64,15 @@ def _sums_within(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``[WAYS]``: number (COUNT) or unnormalised probability of the row's tokens whose distance has at most ``bits``
-    (``[WAYS]``) and ``limit``; and ``meetings``, one more than before."""
+    """``[WAYS]``: number (COUNT) or unnormalised probability of the row's tokens whose distance has fewer bits than
+    ``low + step``, ``low + 2 step`` and so on, and at most ``limit``; and ``meetings``, one more than before."""
     o_w = tl.arange(0, WAYS)
     o_p = tl.arange(0, PARTS)
     sums_ptr += meetings % 2 * (PARTS * WAYS)  # the last ones may be read still
     for part in range(first_part, first_part + PARTS // PROGRAMS):
-        b_sums = tl.zeros([BLOCK, WAYS], tl.float32)
+        b_sums = ()
+        for _ in tl.static_range(WAYS):
+            b_sums += (tl.zeros([BLOCK], tl.float32),)
         for first in range(part * part_size, tl.minimum((part + 1) * part_size, vocab), BLOCK):
             o_v = first + tl.arange(0, BLOCK)
             distance = tl.load(scratch_ptr + o_v, mask=o_v < vocab, other=float("inf"))
@@ -62,8 +81,11 @@ def _sums_within(
             if COUNT:
                 weight = tl.full([BLOCK], 1.0, tl.float32)
             weight = tl.where((key <= limit) & (o_v < vocab), weight, 0.0)
-            b_sums += tl.where(key[:, None] <= bits[None, :], weight[:, None], 0.0)
-        tl.store(sums_ptr + part * WAYS + o_w, tl.sum(b_sums, 0))
+            b_next = ()
+            for i in tl.static_range(WAYS):
+                b_next += (b_sums[i] + tl.where(key < low + (i + 1) * step, weight, 0.0),)
+            b_sums = b_next
+        tl.store(sums_ptr + part * WAYS + o_w, tl.sum(_stacked(b_sums), 0))
     meetings += 1
     _meet(meeting_ptr, meetings, PROGRAMS)
     return tl.sum(tl.load(sums_ptr + o_p[:, None] * WAYS + o_w[None, :]), 0), meetings
@@ -90,14 +112,13 @@ def _smallest_within(
     high = limit
     while low < high:
         step = (high - low) // WAYS + 1
-        bits = tl.minimum(low + (o_w + 1) * step - 1, high)
         sums, meetings = _sums_within(
-            scratch_ptr, sums_ptr, meeting_ptr, meetings, bits, limit, first_part, part_size, vocab, COUNT, PROGRAMS,
-            BLOCK,
+            scratch_ptr, sums_ptr, meeting_ptr, meetings, low, step, limit, first_part, part_size, vocab, COUNT,
+            PROGRAMS, BLOCK,
         )  # fmt: skip
-        way = tl.min(tl.where((sums >= wanted) | (bits == high), o_w, WAYS), 0)
-        high = tl.max(tl.where(o_w == way, bits, 0), 0)
+        way = tl.min(tl.where((sums >= wanted) | (low + (o_w + 1) * step > high), o_w, WAYS), 0)
         low += way * step
+        high = tl.minimum(low + step - 1, high)
     return high, meetings
 
 
@@ -178,9 +199,8 @@ def _draw_kernel(
             )  # fmt: skip
         top_p = tl.load(top_p_ptr + i_b)
         if top_p < 1.0:
-            everything = limit + tl.arange(0, WAYS) * 0
             total, meetings = _sums_within(
-                scratch_ptr, sums_ptr, meetings_ptr, meetings, everything, limit, first_part, part_size, vocab, False,
+                scratch_ptr, sums_ptr, meetings_ptr, meetings, limit, 1, limit, first_part, part_size, vocab, False,
                 PROGRAMS, BLOCK,
             )  # fmt: skip
             limit, meetings = _smallest_within(
