@@ -19,6 +19,7 @@ from fastdms.kv_report import CacheGeometry, KVReport, RowUsage
 from fastdms.ops.int4 import INT4
 from fastdms.options import resolve_options
 from fastdms.runtime import CompiledModel
+from fastdms.sampling_params import SamplingParams
 from fastdms.tools.bench import settings as bench_settings
 from fastdms.tools.bench import start
 from fastdms.tools.bench.engine import Subject, measure_subject, weight_bytes
@@ -49,8 +50,9 @@ class FakeModel:
     def clock(self) -> float:
         return self.now
 
-    def __call__(self, prompts: list[list[int]], *, max_tokens: int, temperature: float, ignore_eos: bool) -> None:
-        assert (len(prompts), temperature, ignore_eos) == (self.rows, 0.0, True)
+    def __call__(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        max_tokens = params.max_tokens
+        assert (len(prompts), params.temperature, params.ignore_eos) == (self.rows, 0.0, True)
         self.calls.append(max_tokens)
         slow = 1.0 if len(self.calls) == self.slow_call else 0.0
         self.now += 2.0 + 0.5 * (max_tokens - 1) + slow
@@ -264,6 +266,7 @@ def test_commit_says_when_the_tree_differs(tmp_path: Path) -> None:
         (["decode", *TINY, "--context", "8", "0"], "--context must be at least 1, got 0"),
         (["decode", *TINY, "--bandwidth", "0"], "--bandwidth must be a positive number of TB/s, got 0.0"),
         (["decode", *TINY, "--weights", "fp3"], "weights must be one of"),
+        (["decode", *TINY, "--temperature", "-1"], "temperature must be a finite number >= 0, got -1.0"),
         (["decode", *TINY, "--json", "no-such-folder/rows.jsonl"], "no-such-folder/rows.jsonl"),
         (["memory", "--rows"], "unrecognized arguments: --rows"),
         (["kernels", "--ops", "sort"], "--ops must be of decode_attention"),

@@ -28,9 +28,11 @@ def test_launches_that_overlap_count_once() -> None:
 
 
 def test_a_step_of_a_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--concurrency", "1", "2", "--repeats", "4"]) == 0
+    sampling = ["--temperature", "0.7", "--top-k", "5", "--top-p", "0.9"]
+    assert main([*TINY, "--concurrency", "1", "2", "--repeats", "4", *sampling]) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert all((row["temperature"], row["top_k"], row["top_p"]) == (0.7, 5, 0.9) for row in rows)
     assert [(row["rows"], row["steps"], row["context"]) for row in rows] == [(1, 4, 64), (2, 4, 64)]
     for row in rows:
         kernels = {kernel["name"]: kernel for kernel in row["kernels"]}

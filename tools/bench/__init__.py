@@ -95,6 +95,9 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dms", choices=("auto", "off"), help="off: never evict")
     parser.add_argument("--mode", help="graphs, compile or eager")
     parser.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="prompt tokens per step")
+    parser.add_argument("--temperature", type=float, help="of the sampled tokens (default 0: the likeliest)")
+    parser.add_argument("--top-k", type=int, metavar="TOKENS")
+    parser.add_argument("--top-p", type=float, metavar="SHARE")
 
 
 def _add_kernel_options(parser: argparse.ArgumentParser) -> None:

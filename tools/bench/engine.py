@@ -118,12 +118,12 @@ def measure_subject(
 
 def _decode(subject: Subject, prompts: list[list[int]], settings: EngineSettings, clock: Clock) -> dict[str, Any]:
     model = subject.model
-    _timed(model, prompts, 2, clock)
+    _timed(model, prompts, settings, 2, clock)
     firsts, wholes = [], []
     for _ in range(settings.repeats):  # in turns, so that a machine that slows down slows both
-        firsts.append(_timed(model, prompts, 1, clock))
+        firsts.append(_timed(model, prompts, settings, 1, clock))
         before = model.kv_report()
-        wholes.append(_timed(model, prompts, settings.new_tokens, clock))
+        wholes.append(_timed(model, prompts, settings, settings.new_tokens, clock))
     after = model.kv_report()
     live_bytes = (_live_tokens(before) + _live_tokens(after)) / 2 * subject.kv_token_bytes
     floor = floor_ms(subject.weight_bytes + live_bytes, settings.bandwidth_tb_s)
@@ -139,7 +139,7 @@ def _decode(subject: Subject, prompts: list[list[int]], settings: EngineSettings
 
 
 def _profile(subject: Subject, prompts: list[list[int]], settings: EngineSettings, _: Clock) -> dict[str, Any]:
-    figures = profile_steps(subject.model, prompts, settings.repeats)
+    figures = profile_steps(subject.model, prompts, settings.repeats, settings.sampling(1))
     live_bytes = figures["live_tokens"] * subject.kv_token_bytes
     floor_us = floor_ms(subject.weight_bytes + live_bytes, settings.bandwidth_tb_s) * 1e3
     return {
@@ -152,8 +152,8 @@ def _profile(subject: Subject, prompts: list[list[int]], settings: EngineSetting
 
 
 def _prefill(subject: Subject, prompts: list[list[int]], settings: EngineSettings, clock: Clock) -> dict[str, Any]:
-    _timed(subject.model, prompts, 1, clock)
-    seconds = [_timed(subject.model, prompts, 1, clock) for _ in range(settings.repeats)]
+    _timed(subject.model, prompts, settings, 1, clock)
+    seconds = [_timed(subject.model, prompts, settings, 1, clock) for _ in range(settings.repeats)]
     tokens = len(prompts) * len(prompts[0])
     return {
         "repeats": settings.repeats,
@@ -165,7 +165,7 @@ def _prefill(subject: Subject, prompts: list[list[int]], settings: EngineSetting
 
 
 def _memory(subject: Subject, prompts: list[list[int]], settings: EngineSettings, clock: Clock) -> dict[str, Any]:
-    _timed(subject.model, prompts, 1, clock)
+    _timed(subject.model, prompts, settings, 1, clock)
     report = subject.model.kv_report()
     whole = report.bytes_in_use + report.bytes_metadata
     return {
@@ -202,6 +202,7 @@ def _facts(subject: Subject, settings: EngineSettings) -> dict[str, Any]:
         "kv_dtype": str(options.kv_dtype).removeprefix("torch."),
         "dtype": str(options.dtype).removeprefix("torch."),
         "weights": settings.weights,
+        **{name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")},
         "mode": options.mode,
         "prefill_chunk": options.prefill_chunk,
         "dense_kernel": subject.model.dense_kernel,
@@ -214,9 +215,11 @@ def _live_tokens(report: KVReport) -> float:
     return float(report.live_tokens.sum()) * report.rows
 
 
-def _timed(model: CompiledModel, prompts: list[list[int]], new_tokens: int, clock: Clock) -> float:
+def _timed(
+    model: CompiledModel, prompts: list[list[int]], settings: EngineSettings, new_tokens: int, clock: Clock
+) -> float:
     begin = clock()
-    model(prompts, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    model(prompts, settings.sampling(new_tokens))
     return clock() - begin
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch._C._autograd import DeviceType
@@ -18,8 +19,10 @@ __all__ = ["Launch", "by_kernel", "profile_steps", "table"]
 _WARM_UP_STEPS = 5
 
 
-def profile_steps(model: CompiledModel, prompts: Sequence[list[int]], steps: int) -> dict[str, Any]:
-    """``by_kernel`` of ``steps`` decode steps of all ``prompts`` together, after their prefill.
+def profile_steps(
+    model: CompiledModel, prompts: Sequence[list[int]], steps: int, params: SamplingParams
+) -> dict[str, Any]:
+    """``by_kernel`` of ``steps`` decode steps of all ``prompts`` together, after their prefill, sampled by ``params``.
 
     step_us: from the first launch to the end of the last, for each step. idle_us: of it, with nothing running.
     live_tokens: of all rows, layers and KV heads together, mean of before and after. timeline: ``median_step``, left
@@ -33,7 +36,7 @@ def profile_steps(model: CompiledModel, prompts: Sequence[list[int]], steps: int
             f"{steps} steps take {steps + 2 * _WARM_UP_STEPS} new tokens of a context with room for {room}"
         )
     # As many as fit: the first prompts are decoded while the last are prefilled, and none may end before the steps do.
-    params = SamplingParams(temperature=0.0, max_tokens=room, ignore_eos=True)
+    params = replace(params, max_tokens=room)
     requests = [model._request(list(prompt), params, answers=False) for prompt in prompts]
     try:
         for request in requests:

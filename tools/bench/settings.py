@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastdms.sampling_params import SamplingParams
+
 __all__ = [
     "COPY_TB_S",
     "ENGINE",
@@ -66,6 +68,9 @@ class EngineSettings:
     mode: str | None = None
     device: str | None = None
     prefill_chunk: int = 2048
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     repeats: int = 3
     bandwidth_tb_s: float = COPY_TB_S
 
@@ -80,6 +85,14 @@ class EngineSettings:
         _each_at_least(self, {"concurrency": 1, "contexts": 1})
         _shares(self.kept or ())
         _bandwidth(self.bandwidth_tb_s)
+        self.sampling(2)
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """What every row asks of the sampler."""
+        return SamplingParams(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=1, max_tokens=max_tokens,
+            ignore_eos=True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
