@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdms.ops.decode_attention import schema as _schema  # noqa: F401  (defines the op)
-from fastdms.ops.span_cache import SpanCache
+from fastdms.ops.span_cache import SpanCache, check_cache
 
 __all__ = ["decode_attention"]
 
@@ -20,6 +20,8 @@ def decode_attention(
     rows must not be what the kernel launched just before writes: they are read before it is waited for.
     Raises ValueError on shapes or dtypes that don't fit.
     """
+    if not torch.compiler.is_compiling():  # the op has no use for ring and free pages
+        check_cache(cache)
     out: torch.Tensor = torch.ops.fastdms.decode_attention.default(
         q, positions, rows, *cache[:4], cache.page_table, cache.live_len, sm_scale
     )
