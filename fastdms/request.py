@@ -16,8 +16,9 @@ from fastdms.text_stream import TextStream
 
 __all__ = ["Request"]
 
-# The step's buffers are int32 and fp32: a larger top_k is no limit anyway, a smaller top_p or repetition penalty would
-# become 0, and at an infinite temperature all logits would be alike, so that top_k could not tell them apart.
+# The step's buffers are int32 and fp32: a larger top_k is no limit anyway, nor is a larger min_tokens ever reached; a
+# smaller top_p or repetition penalty would become 0, and at an infinite temperature all logits would be alike, so that
+# top_k could not tell them apart.
 _INT32_MAX = 2**31 - 1
 _SMALLEST = 1e-30
 _HOTTEST = 1e30
@@ -91,7 +92,7 @@ class Request:
             min_p=p.min_p,
             seed=self.seed,
             end_ids=tuple(sorted(self.end_ids)),
-            banned_until=len(self.prompt_ids) + p.min_tokens,
+            banned_until=min(len(self.prompt_ids) + p.min_tokens, _INT32_MAX),
             penalties=self.penalties,
         )
 

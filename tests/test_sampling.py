@@ -235,6 +235,13 @@ def test_min_tokens_bans_what_would_end_the_text(weights) -> None:
         weights.config.eos_token_id = 2
 
 
+def test_the_largest_min_tokens(weights) -> None:
+    """Prompt and ``min_tokens`` together no longer fit the step's int32; the context ends the text all the same."""
+    with compiled(weights, dms="off", max_context=len(PROMPT) + 8) as model:
+        done = one(model(PROMPT, replace(GREEDY, ignore_eos=False, min_tokens=2**31, max_tokens=2**31)))
+        assert (len(done.token_ids), done.finish_reason) == (8, "length")
+
+
 def test_end_tokens_and_ignore_eos(weights) -> None:
     greedy = one(compiled(weights, dms=MASKED)(PROMPT, GREEDY)).token_ids
     end, stop = greedy[3], next(token for token in greedy[4:] if token not in greedy[:4])
