@@ -29,7 +29,7 @@ def sample(
 
     Row b depends on row b's inputs alone.
 
-    temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores the next five.
+    temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores the next four.
     top_k: ``[B]`` int32, 0 off: keeps logits >= the k-th largest. top_p: ``[B]`` fp32: of what is left, keeps token i
         iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32 in
         [0, 1]: keeps p_i >= min_p * max p, compared as logarithms: 1 keeps the largest logits alone, however hot.

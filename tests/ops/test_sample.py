@@ -243,6 +243,17 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
         assert _sample(backend, logits, end_ids=[[3, 5]] * len(rows), **columns)[place] == alone
 
 
+def test_a_row_does_not_depend_on_how_many_programs_draw_it() -> None:
+    """On CUDA the more rows there are, the fewer programs share one: down to a single one."""
+    vocab, batches = (300, (1, 3)) if DEVICE.type == "cpu" else (128_256, (1, 12, 24, 48, 72, 144, 288))
+    rows = {"top_k": [0, 40, 0], "top_p": [0.9, 1.0, 1.0], "min_p": [0.0, 0.0, 0.05]}
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5)) * 3
+    for kind in range(3):
+        changes = {name: values[kind] for name, values in rows.items()}
+        drawn = {token for n in batches for token in _sample("kernel", logits.repeat(n, 1), seeds=9, **changes)}
+        assert len(drawn) == 1, changes
+
+
 @pytest.mark.parametrize("what", ["seeds", "positions"])
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}], ids=lambda c: "-".join(c)
