@@ -122,6 +122,7 @@ def sample(
 def _draw_programs(batch: int, device: torch.device) -> int:
     """Programs that share a row's draw: as they wait for each other, no more than run at once, one a multiprocessor.
 
+    Two draws at once, on streams of different priority, could each have half of the multiprocessors and wait for ever.
     The interpreter runs one after the other.
     """
     if device.type != "cuda":
