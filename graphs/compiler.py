@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import types
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,7 +45,8 @@ class CountingBackend:
             if sizes not in compiled:
                 self.compiles += 1
                 self.compile_began = time.perf_counter()
-                with tracing(any_size=False):
+                # Dynamo lets go of its lock before it runs what it traced, and compilers count on that lock.
+                with torch._dynamo.convert_frame.compile_lock, tracing(any_size=False):
                     compiled[sizes] = compile_pieces(*specialise(graph, arguments), self._compile)
                 self.compile_seconds += time.perf_counter() - self.compile_began
             return compiled[sizes](*(argument for argument in arguments if not isinstance(argument, int)))
@@ -57,7 +59,11 @@ def compile_step(step: Step, backend: CountingBackend) -> Step:
 
     It is traced once for all sizes, or, where its code takes one path for some and another for others, once for each.
     """
-    compiled: Step = torch.compile(_own_code(step), backend=backend, fullgraph=True, dynamic=False)
+    own = _own_code(step)
+    compiled: Step = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    # What the compiler keeps for a code object holds that in turn, where the garbage collector doesn't look.
+    forget = weakref.finalize(compiled, torch._dynamo.reset_code, own.__code__)  # type: ignore[attr-defined]
+    forget.atexit = False
     return compiled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,21 @@ def test_a_single_bucket() -> None:
         graphs, traced = _started(_reshaping, "compile", (bucket,))
         assert traced == graphs.stats()["compiles"] == 1
         assert graphs.run(rows(1, token=5))[0].tolist() == [5 + bucket]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_was_compiled_goes_with_its_cache(closes: bool) -> None:
+    """The compiler puts it among the globals of the code that it compiled."""
+    gc.collect()
+    before = set(vars(compiler))
+    graphs, _ = _started(_reshaping, "compile")
+    assert [name for name in set(vars(compiler)) - before if name.startswith("__compiled_fn")]
+    if closes:
+        graphs.close()
+    else:
+        del graphs
+    gc.collect()
+    assert not set(vars(compiler)) - before
 
 
 def test_the_compiler_sees_no_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
