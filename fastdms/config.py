@@ -78,10 +78,11 @@ class RopeConfig:
 class Int4Layers:
     """The linear layers that a checkpoint stores as int4, by their published names without ``.weight``.
 
-    group: weights that share a scale. scale_dtype: of the scales as stored.
+    names: sorted, since the key of the compiler's artifacts is made of a config's ``repr``. group: weights that share a
+    scale. scale_dtype: of the scales as stored.
     """
 
-    names: frozenset[str]
+    names: tuple[str, ...]
     group: int
     scale_dtype: torch.dtype
 

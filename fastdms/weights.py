@@ -106,7 +106,7 @@ def _store(name: str, tensor: torch.Tensor, place: _Place) -> None:
 def _places(decoder: Decoder) -> dict[str, _Place]:
     """Published tensor name -> its place."""
     places = {"model.embed_tokens.weight": _Place(decoder.embed), "model.norm.weight": _Place(decoder.norm)}
-    stored = decoder.config.int4.names if decoder.config.int4 is not None else frozenset()
+    stored = frozenset(decoder.config.int4.names if decoder.config.int4 is not None else ())
     if not decoder.config.tie_word_embeddings:
         places |= _parts(decoder.lm_head, ("lm_head",), (decoder.config.vocab_size,), stored)
     for index, layer in enumerate(decoder.layers):

@@ -75,7 +75,7 @@ def read_group(values: Mapping[str, Any]) -> int | None:
 def int4_layers(group: int, dtypes: Mapping[str, torch.dtype]) -> Int4Layers:
     """What a checkpoint with these tensors stores as int4; ValueError where that is nothing."""
     scales = [dtype for name, dtype in dtypes.items() if name.endswith(_SCALE)]
-    names = frozenset(name.removesuffix(_PACKED) for name in dtypes if name.endswith(_PACKED))
+    names = tuple(sorted(name.removesuffix(_PACKED) for name in dtypes if name.endswith(_PACKED)))
     if not names or not scales:
         raise ValueError(f"{_KEY} announces int4 weights, but there is no tensor {_PACKED} with its {_SCALE}")
     return Int4Layers(names=names, group=group, scale_dtype=functools.reduce(torch.promote_types, scales))
