@@ -17,9 +17,11 @@ from fastdms.checkpoint import Checkpoint, open_checkpoint
 from fastdms.checkpoint.int4_config import quantization_config
 from fastdms.checkpoint.json_file import read_json_object
 from fastdms.cli.options import Parser
+from fastdms.decoder import Decoder
 from fastdms.linear import PARTS, int4_group
 from fastdms.ops.int4 import quantise_int4
 from fastdms.tools.checkpoint_folder import new_folder, write_json, write_weights
+from fastdms.weights import load_weights
 
 __all__ = ["main", "quantise"]
 
@@ -40,8 +42,9 @@ def quantise(model: str | os.PathLike[str], folder: str | os.PathLike[str]) -> P
     """Write ``model`` to ``folder``, which appears only once it is whole, and return it.
 
     Everything else in the model's folder is copied, tokenizer and DMS metadata among it.
-    Raises ValueError for a model that isn't a folder of unquantised safetensors, whose layers make no whole groups or
-    whose weights are not finite, that declares its DMS rule outside of its folder, and for a folder that isn't empty.
+    Raises ValueError for a model that isn't a folder of unquantised safetensors, whose tensors are not those of its
+    config, whose layers make no whole groups or whose weights are not finite, that declares its DMS rule outside of its
+    folder, and for a folder that isn't empty.
     """
     checkpoint = open_checkpoint(model)
     source = checkpoint.tokenizer_path
@@ -50,6 +53,7 @@ def quantise(model: str | os.PathLike[str], folder: str | os.PathLike[str]) -> P
     if checkpoint.config.int4 is not None:
         raise ValueError(f"{checkpoint.name} is int4 already")
     group = int4_group(checkpoint.config)
+    _check_tensors(checkpoint)
     with new_folder(folder) as new:
         for path in source.iterdir():
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
@@ -62,6 +66,14 @@ def quantise(model: str | os.PathLike[str], folder: str | os.PathLike[str]) -> P
         if open_checkpoint(new).dms != checkpoint.dms:
             raise ValueError(f"{checkpoint.name} declares its DMS rule outside of its folder; put it there")
     return Path(folder)
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """ValueError, as of a model that is loaded, for a tensor that is missing, unknown or of another shape."""
+    nowhere = torch.device("meta")  # where nothing is copied
+    config = checkpoint.config
+    decoder = Decoder(config, checkpoint.dms, num_positions=1, dtype=config.weight_dtype, device=nowhere)
+    load_weights(decoder, checkpoint.tensors())
 
 
 def _tensors(checkpoint: Checkpoint, group: int, left: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastdms.checkpoint import open_checkpoint
 from fastdms.cli import main
@@ -18,6 +18,8 @@ from tests.int4_folder import announcement, int4_model, packed, rounded
 from tests.models import LAYOUTS, Layout, save_checkpoint, tiny_model
 from tests.running import compiled, engine_of
 from tests.tiny_tokenizers import byte_level
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,6 +90,19 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFix
         assert message in error
         assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+    for damage, message in (
+        ({Q_PROJ: torch.zeros(64, 50)}, r"q_proj.weight has shape \(64, 50\), the config asks for \(64, 64\)"),
+        ({Q_PROJ: torch.zeros(60, 64)}, r"q_proj.weight has shape \(60, 64\), the config asks for \(64, 64\)"),
+        ({Q_PROJ: None}, f"the checkpoint lacks {Q_PROJ}"),
+        ({f"{Q_PROJ}_packed": torch.zeros(64, 8, dtype=torch.int32)}, "weight_packed has no place in this model"),
+    ):
+        tensors = load_file(good / "model.safetensors") | damage
+        whole = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(whole, good / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            quantise(good, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        save_checkpoint(int4_model("qwen3"), good)
     for model, message in ((broken, "up_proj.weight has values that are not"), (tiny_model("qwen3"), "112 inputs")):
         source = save_checkpoint(model, tmp_path / message[:3])
         with pytest.raises(ValueError, match=message):
