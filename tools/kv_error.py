@@ -2,6 +2,7 @@
 
 ``fp8 weights`` and ``int4 weights`` have fp32 pages too: they show what ``weights="fp8"`` and ``"int4"`` cost.
 ``int4, exact head`` and ``int4, int4 head`` are the same but for the output head, which is fp8 with ``weights="int4"``.
+A model that is stored as int4, or whose layers make no whole groups of int4 weights, has fewer lines.
 ``fp8, no scale`` stores plain e4m3, to show what the scale per token and head is worth. The runtime has no such pages:
 for that line alone the quantiser of the CPU references, ``fastdms.ops.quantise.quantise``, is replaced.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from fastdms.cli.options import Parser
 if TYPE_CHECKING:
     import torch
 
+    from fastdms.config import ModelConfig
+
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print a line for each KV dtype and for fp8 and int4 weights.
+    """Print a line for each KV dtype and for fp8 and int4 weights, as far as the model can have them.
 
     Each gives the mean and the largest KL divergence (nats/token), and the share of equal greedy tokens.
     """
@@ -42,23 +45,15 @@ def _report(args: argparse.Namespace) -> None:
     import torch
 
     import fastdms
-    from fastdms.ops.int4 import INT4
+    from fastdms.checkpoint import open_checkpoint
     from fastdms.tokenizer import encode_prompt
 
     text = Path(args.text).read_text(encoding="utf-8")
     source = args.model or fastdms.default_model()
     total = args.prompt_tokens + args.decode_tokens
     logprobs: dict[str, Any] = {}
-    for name, kv_dtype, weights, patch in (
-        ("fp32", "fp32", "auto", nullcontext()),
-        ("bf16", "bf16", "auto", nullcontext()),
-        ("fp8", "fp8", "auto", nullcontext()),
-        ("fp8, no scale", "fp8", "auto", _no_scale()),
-        ("fp8 weights", "fp32", "fp8", nullcontext()),
-        ("int4 weights", "fp32", "int4", nullcontext()),
-        ("int4, exact head", "fp32", "int4", _head(torch.float32)),
-        ("int4, int4 head", "fp32", "int4", _head(INT4)),
-    ):
+    cases, left_out = _cases(open_checkpoint(source).config)
+    for name, kv_dtype, weights, patch in cases:
         options: dict[str, Any] = {"device": "cpu", "kv_dtype": kv_dtype, "weights": weights}
         with patch, fastdms.compile(source, **options, max_concurrency=1, max_context=total) as model:
             if model.tokenizer is None:
@@ -75,6 +70,36 @@ def _report(args: argparse.Namespace) -> None:
         divergence = (exact.exp() * (exact - other)).sum(-1)
         match = (exact.argmax(-1) == other.argmax(-1)).float().mean()
         print(f"{name:<16} mean {divergence.mean():.6f}  max {divergence.max():.6f}  greedy match {match:.1%}")
+    if left_out:
+        print(f"left out: {left_out}")
+
+
+def _cases(config: ModelConfig) -> tuple[list[tuple[str, str, str, AbstractContextManager[None]]], str]:
+    """Name, KV dtype, weights and what is patched of each line; then which are left out, and why."""
+    import torch
+
+    from fastdms.linear import int4_group
+    from fastdms.ops.int4 import INT4
+
+    cases: list[tuple[str, str, str, AbstractContextManager[None]]] = [
+        ("fp32", "fp32", "auto", nullcontext()),
+        ("bf16", "bf16", "auto", nullcontext()),
+        ("fp8", "fp8", "auto", nullcontext()),
+        ("fp8, no scale", "fp8", "auto", _no_scale()),
+    ]
+    if config.int4 is not None:
+        return cases, "other weights; the checkpoint's are int4"
+    cases.append(("fp8 weights", "fp32", "fp8", nullcontext()))
+    try:
+        int4_group(config)
+    except ValueError as error:
+        return cases, f"int4 weights; {error}"
+    cases += [
+        ("int4 weights", "fp32", "int4", nullcontext()),
+        ("int4, exact head", "fp32", "int4", _head(torch.float32)),
+        ("int4, int4 head", "fp32", "int4", _head(INT4)),
+    ]
+    return cases, ""
 
 
 @contextmanager

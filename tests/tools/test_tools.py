@@ -18,6 +18,7 @@ from fastdms.ops.int4 import INT4
 from fastdms.tools import demo
 from fastdms.tools.shapes import SHAPES, keep_share_rule, random_model
 from tests.checkpoint.files import edit_json
+from tests.int4_folder import int4_model, pack_folder
 from tests.models import save_checkpoint, tiny_model
 from tests.running import engine_of
 from tests.tiny_tokenizers import byte_level, smollm2
@@ -39,6 +40,26 @@ def test_kv_error_compares_with_fp32_pages(tmp_path: Path, capsys: pytest.Captur
     assert fp8 != plain
     assert bf16 < weights != fp8
     assert len(set(means[4:])) == 4
+
+
+def test_kv_error_leaves_out_weights_that_the_model_can_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text that is long enough for this " * 4)
+    odd = save_checkpoint(tiny_model("qwen3"), tmp_path / "odd")
+    stored = pack_folder(save_checkpoint(int4_model("qwen3"), tmp_path / "stored"), 64)
+    pages = ["fp32", "bf16", "fp8", "fp8, no scale"]
+    for folder, names, reason in (
+        (odd, [*pages, "fp8 weights"], "int4 weights; int4 weights come in groups of 128, 64, 32"),
+        (stored, pages, "other weights; the checkpoint's are int4"),
+    ):
+        byte_level().save_pretrained(folder)
+        options = ["--text", str(text), "--prompt-tokens", "20", "--decode-tokens", "10"]
+        assert main(["kv-error", str(folder), *options]) == 0
+        _, *lines, last = capsys.readouterr().out.splitlines()
+        assert [line.split("mean")[0].strip() for line in lines] == names
+        assert last.startswith(f"left out: {reason}")
 
 
 def test_demo_compares_with_a_dense_cache(
