@@ -21,7 +21,8 @@ _MOST_HEAD_DIM = 256
 def open_base(given: str | None, settings: RetrofitSettings) -> Checkpoint:
     """Look at a base before its weights are read. given: a folder or hub id; None: the base of the default model.
 
-    Raises ValueError for a checkpoint that has DMS already, in use or not, is in no folder, or can't be trained so.
+    Raises ValueError for a checkpoint that has DMS already, in use or not, is in no folder, has int4 weights,
+    or can't be trained so.
     """
     model = str(default_model(adapter=False)) if given is None else given
     checkpoint = open_checkpoint(model)
@@ -29,6 +30,8 @@ def open_base(given: str | None, settings: RetrofitSettings) -> Checkpoint:
         raise ValueError(f"{model} already has DMS (window {checkpoint.dms.window_tokens}); give its base model")
     if checkpoint.tokenizer_path is None or not checkpoint.tokenizer_path.is_dir():
         raise ValueError(f"{model} is no folder of safetensors or hub id, which training needs")
+    if checkpoint.config.int4 is not None:
+        raise ValueError(f"{model} has int4 weights, which training can't read; give the model that they were made of")
     folder = folder_of(checkpoint)
     declared = [key for key in read_json_object(folder / "config.json") if key.startswith("dms_")]
     if declared or (folder / "dms_metadata.json").exists():

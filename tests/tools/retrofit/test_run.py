@@ -17,6 +17,7 @@ from fastdms.cli import main
 from fastdms.tools.retrofit.run_folder import RunFolder
 from fastdms.tools.retrofit.settings import RetrofitSettings
 from fastdms.tools.retrofit.trainer import Trainer
+from tests.int4_folder import int4_model, pack_folder
 from tests.models import save_checkpoint, tiny_model
 from tests.tiny_tokenizers import byte_level
 
@@ -156,6 +157,7 @@ def _error(arguments, capsys):
 def test_bad_runs_are_one_line_and_leave_nothing(base, prose, tmp_path, capsys) -> None:
     out, sparse = tmp_path / "out", save_checkpoint(tiny_model("llama"), tmp_path / "sparse", "nvidia")
     byte_level().save_pretrained(sparse)
+    stored = pack_folder(save_checkpoint(int4_model("llama"), tmp_path / "stored"), 32)
     given = ["--text", prose, "--out", out]
     cases = {
         (
@@ -167,6 +169,7 @@ def test_bad_runs_are_one_line_and_leave_nothing(base, prose, tmp_path, capsys) 
         ): "target_compression must be a number > 1, at most 1,000, got 0.5",
         (base, *given, *_RECIPE, "--context", "99999"): "context 99,999 exceeds the 1,024 positions of",
         (sparse, *given, *_RECIPE): "already has DMS (window 7); give its base model",
+        (stored, *given, *_RECIPE): "has int4 weights, which training can't read",
         (base, *given, *_RECIPE, "--layout", "other"): "layout must be adapter, nvidia or shisa, got 'other'",
         (base, "--text", tmp_path / "none.txt", "--out", out, *_RECIPE): "is no file or folder",
         (tmp_path / "none", *given, *_RECIPE): "is no existing folder",
