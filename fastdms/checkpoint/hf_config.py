@@ -95,7 +95,8 @@ def _refuse_quantised(values: Mapping[str, Any]) -> None:
         if found:
             method = found.get("quant_method") if isinstance(found, Mapping) else found
             raise ValueError(
-                f"{key}: weights quantised by {method!r} are not supported; use an unquantised checkpoint or a GGUF"
+                f"{key}: weights quantised by {method!r} are not supported; use an unquantised checkpoint, one of "
+                "llm-compressor in int4 (quant_method 'compressed-tensors') or a GGUF"
             )
 
 

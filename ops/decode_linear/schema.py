@@ -45,17 +45,18 @@ def _check_weight(weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Ten
     per_element = PER_WORD if dtype == INT4 else 1
     fits = weight.dim() == 2 and weight.shape[0] > 0 and 0 < weight.shape[1] * per_element == columns
     expected = f"[N, {columns} / {per_element}]" if per_element > 1 else f"[N, {columns}]"
+    stored = (torch.float8_e4m3fn, INT4)
+    check(dtype in (x.dtype, *stored), f"weight must be {x.dtype}, float8_e4m3fn or int4 in int32, got {dtype}")
     check(
         fits and weight.is_contiguous(), f"weight must be contiguous {expected}, not empty, got {tuple(weight.shape)}"
     )
-    stored = (torch.float8_e4m3fn, INT4)
-    check(dtype in (x.dtype, *stored), f"weight must be {x.dtype}, float8_e4m3fn or int4 in int32, got {dtype}")
     check(
         (dtype in stored) == (scale is not None), f"scale goes with fp8 and int4 weights alone, the weight is {dtype}"
     )
     if dtype == INT4:
         assert scale is not None
         shapes = [(weight.shape[0], columns // group) for group in GROUPS if columns % group == 0]
+        check(bool(shapes), f"int4 weights come in groups of 128, 64 or 32 of a row, and x has {columns} columns")
         check(
             scale.dtype in _DTYPES and scale.shape in shapes and scale.is_contiguous(),
             f"scale of int4 weights must be contiguous fp32, fp16 or bf16 of one of the shapes {shapes} (groups of "

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdms.ops import decode_linear
 from fastdms.ops.int4 import GROUPS, dequantise_int4, pack_int4, quantise_int4
 
 
@@ -56,3 +57,14 @@ def test_zeros_and_the_smallest_stay() -> None:
     assert not stored[:2].any()
     assert not stored[2, 32:].any()
     assert stored[2, :32].allclose(torch.tensor(3e38), rtol=0.005)
+
+
+@pytest.mark.parametrize(
+    ("columns", "weight", "message"),
+    [(64, torch.zeros(6, 8, dtype=torch.int64), "weight must be .* int4 in int32, got torch.int64"),
+     (64, torch.zeros(6, 32, dtype=torch.uint8), "weight must be .* int4 in int32, got torch.uint8"),
+     (40, torch.zeros(6, 5, dtype=torch.int32), "groups of 128, 64 or 32 of a row, and x has 40 columns")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_weight_is_named(columns: int, weight: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_linear(torch.zeros(1, columns), weight, scale=torch.ones(6, 1))
