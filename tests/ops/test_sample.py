@@ -246,7 +246,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
 def test_a_row_does_not_depend_on_how_many_programs_draw_it() -> None:
     """On CUDA the more rows there are, the fewer programs share one: down to a single one."""
     vocab, batches = (300, (1, 3)) if DEVICE.type == "cpu" else (128_256, (1, 12, 24, 48, 72, 144, 288))
-    rows = {"top_k": [0, 40, 0], "top_p": [0.9, 1.0, 1.0], "min_p": [0.0, 0.0, 0.05]}
+    rows: dict[str, list[float]] = {"top_k": [0, 40, 0], "top_p": [0.9, 1.0, 1.0], "min_p": [0.0, 0.0, 0.05]}
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5)) * 3
     for kind in range(3):
         changes = {name: values[kind] for name, values in rows.items()}
