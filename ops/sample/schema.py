@@ -19,11 +19,11 @@ def _check(
     seeds: torch.Tensor, positions: torch.Tensor, end_ids: torch.Tensor, banned_until: torch.Tensor,
     penalties: torch.Tensor, count_rows: torch.Tensor, counts: torch.Tensor,
 ) -> None:  # fmt: skip
-    batch = logits.shape[0]
     check(
         logits.dim() == 2 and logits.dtype == torch.float32,
         f"logits must be fp32 [B, V], got {logits.dtype} {tuple(logits.shape)}",
     )
+    batch = logits.shape[0]
     expected = {
         torch.float32: (temperature, top_p, min_p),
         torch.int32: (top_k, positions, banned_until, count_rows),
@@ -35,7 +35,10 @@ def _check(
                 t.dtype == dtype and t.shape == (batch,) and t.is_contiguous(),
                 f"sampling tensors must be {dtype} [{batch}] here, got {t.dtype} {tuple(t.shape)}",
             )
-    check(end_ids.dtype == torch.int32 and end_ids.shape[:1] == (batch,), "end_ids must be int32 [B, K]")
+    check(
+        end_ids.dtype == torch.int32 and end_ids.dim() == 2 and end_ids.shape[0] == batch,
+        f"end_ids must be torch.int32 [{batch}, K] here, got {end_ids.dtype} {tuple(end_ids.shape)}",
+    )
     check(
         penalties.dtype == torch.float32 and penalties.shape == (batch, 3) and penalties.is_contiguous(),
         f"penalties must be torch.float32 [{batch}, 3] here, got {penalties.dtype} {tuple(penalties.shape)}",

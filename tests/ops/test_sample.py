@@ -285,10 +285,12 @@ def test_bad_input_is_named() -> None:
     for bad, change, message in (
         (logits.half(), {}, "logits"),
         (logits[0], {}, "logits"),
+        (logits[0, 0], {}, "logits"),
         (logits, {"temperature": good["temperature"][:1]}, "float32"),
         (logits, {"top_k": good["top_k"].long()}, "int32"),
         (logits, {"seeds": good["seeds"].int()}, "int64"),
         (logits, {"end_ids": good["end_ids"][:1]}, "end_ids"),
+        (logits, {"end_ids": good["end_ids"][:, 0]}, "end_ids"),
         (logits, {"penalties": good["penalties"][:, :2]}, "penalties"),
         (logits, {"penalties": good["penalties"].double()}, "penalties"),
         (logits, {"count_rows": good["count_rows"].long()}, "int32"),
