@@ -260,7 +260,7 @@ class GraphCache:
                 compiled(inputs)
             else:
                 self._recorder.warm_up(lambda: compiled(inputs))
-        self._trace_seconds += self._backend.compile_began - began
+        self._trace_seconds += max(0.0, self._backend.compile_began - began)  # it compiled before, in a try that failed
         return lambda: compiled(inputs)
 
     def _record(self, bucket: _Bucket, code: Callable[[], StepOutput]) -> _Entry:

@@ -233,7 +233,7 @@ def _attend_hopper_kernel(
             # The tile's first key, counted among those of its kind, and how many of them there are from it on.
             first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
             num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
-            if (tile < flagged) & (tile >= whole) | (tile >= clear):
+            if (tile < flagged) | (tile >= clear):
                 # A key is visible if its row's number is no more than its column's: the query and the last one that
                 # sees the key, or, both negative, the query and the key.
                 o_k = first + gl.where(tile < late, 0, band) + o_n
