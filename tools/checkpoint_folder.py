@@ -51,7 +51,11 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
     total_bytes = pending_bytes = 0
 
     def flush() -> None:
-        save_file(pending, folder / _part(len(shards)), metadata={"format": "pt"})
+        shard = folder / _part(len(shards))
+        shard.touch()
+        mode = shard.stat().st_mode  # that any new file has; safetensors lets only its owner read
+        save_file(pending, shard, metadata={"format": "pt"})
+        shard.chmod(mode)
         shards.append(list(pending))
         pending.clear()
 

@@ -38,14 +38,14 @@ def attend_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
 
     Small in fp32, which is unrolled into multiply-adds.
     """
+    rows = max(32 if dtype == torch.float32 else 128, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        rows = max(32, triton.next_power_of_2(group))
         return Tile(rows, 32, 4, 2) if head_dim <= 64 else Tile(rows, 16, 8, 1)
     if head_dim <= 64:
-        return Tile(128, 64, 4, 3, tma=True)
+        return Tile(rows, 64, 4, 3, tma=True)
     if head_dim <= 128:
-        return Tile(128, 64, 8, 3, tma=True)
-    return Tile(128, 32, 8, 2)
+        return Tile(rows, 64, 8, 3, tma=True)
+    return Tile(rows, 32, 8, 2)
 
 
 def prefill_attention(

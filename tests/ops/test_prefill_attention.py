@@ -197,6 +197,12 @@ def test_a_group_that_leaves_rows_of_the_tile_empty(
             pair.prefill([(0, tokens)], padding=19)
 
 
+def test_more_grouped_heads_than_a_tile_has_rows() -> None:
+    with Pair(heads=(1, 130, 16), dtype=torch.float16, kv_dtype=torch.float16, window=3, rows=1) as pair:
+        pair.prefill([(0, 9)])
+        pair.decode([0])
+
+
 def test_holes_are_filled_from_the_tail() -> None:
     """Slots of flagged tokens in the window lie among those that stay and after them."""
     with Pair(window=20, heads=(2, 1, 16), rows=2, max_tokens=140, shift=1) as pair:

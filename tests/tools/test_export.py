@@ -163,6 +163,7 @@ def test_tokenizer_training_and_mode(base: Path, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(base)(text)
     (tmp_path / "plain").mkdir()
     assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
 
 
 def test_keys_of_another_rule_and_of_other_code_are_dropped(base: Path, tmp_path: Path) -> None:
