@@ -136,7 +136,7 @@ def _attend_hopper_kernel(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """``_attend_kernel`` of attend_kernel: the same tiles in the same order.
+    """What ``_attend_kernel`` does; packed tiles and their tail come first, then late ones, then the band's in order.
 
     While a tile's weights are computed, the tensor cores have the values of the tile before.
     """
