@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 def quantise(model: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
     """Write ``model`` to ``folder``, which appears only once it is whole, and return it.
 
-    Everything else in the model's folder is copied, tokenizer and DMS metadata among it.
+    The files beside its weights are copied, tokenizer and DMS metadata among them.
     Raises ValueError for a model that isn't a folder of unquantised safetensors, whose tensors are not those of its
     config, whose layers make no whole groups or whose weights are not finite, that declares its DMS rule outside of its
     folder, and for a folder that isn't empty.
