@@ -1,4 +1,5 @@
-"""What holds for every test: poisoned uninitialised memory, fixed seeds, one thread, no GPU test without a GPU."""
+"""What holds for every test: poisoned uninitialised memory, fixed seeds, one thread, no GPU test without a GPU; and
+the model that most of them run."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import logging
 import os
 import random
 import sys
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy
@@ -14,6 +16,9 @@ import torch
 
 from tests.interpreter import make_fast
 from tests.poison import poisoned_empty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if torch.cuda.is_available():
     import torch._inductor.config
@@ -33,6 +38,14 @@ logging.getLogger("torch.__trace").propagate = False  # else each failure report
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="module")
+def weights() -> PreTrainedModel:
+    """A tiny Qwen3 with random weights, each file's own."""
+    from tests.models import tiny_model  # not above: it takes transformers, which tests of ops do without
+
+    return tiny_model("qwen3")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

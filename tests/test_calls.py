@@ -8,21 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
 
 from fastdms import IncompleteError, runtime
 from fastdms.progress import progress
 from fastdms.sampling_params import SamplingParams
-from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.models import dms_config, tiny_tokens
 from tests.running import check_idle, compiled, many, one
 
 MASKED = dms_config("nvidia", 7)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import fastdms
 from fastdms.request import Request
 from fastdms.sampling_params import SamplingParams
-from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.models import dms_config, tiny_tokens
 from tests.running import STEP_LIMIT, Watch, check_idle, compiled, drain, engine_of, many, one, submit
 
 MASKED = dms_config("nvidia", 7)
@@ -22,11 +22,6 @@ PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [tiny_tokens(length, seed=length) for length in (100, 3, 90, 40)]
 CHUNK = 20  # 100 tokens are prefilled in 5 chunks
 FATES = ("queued", "prefilling", "decoding", "finishing", "never")
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,12 @@ from transformers import PreTrainedModel
 from fastdms.engine import Engine
 from fastdms.request import Request
 from fastdms.sampling_params import SamplingParams
-from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.models import dms_config, tiny_tokens
 from tests.running import check_idle, compiled, drain, engine_of, lone_runs, one, submit
 
 MASKED = dms_config("nvidia", 7)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [tiny_tokens(length, seed=length) for length in (400, 3)]
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.mark.parametrize("ahead", [False, True])

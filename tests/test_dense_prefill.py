@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import fastdms
 from fastdms.decoder import DenseHistory
 from fastdms.ops import dense_attention
 from fastdms.runner import PrefillPiece, fill_chunk
 from fastdms.sampling_params import SamplingParams
-from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.models import dms_config, tiny_tokens
 from tests.running import check_idle, compiled, drain, engine_of, many, one, submit
 from tests.tolerance import assert_logits_close
 
@@ -22,11 +21,6 @@ MASKED = dms_config("nvidia", 7)
 assert MASKED is not None
 DENSE = replace(MASKED, prefill="dense")
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.fixture

@@ -11,17 +11,12 @@ from transformers import PreTrainedModel
 import fastdms
 from fastdms.request import Request
 from fastdms.sampling_params import SamplingParams
-from tests.models import tiny_model, tiny_tokens
+from tests.models import tiny_tokens
 from tests.running import Watch, check_idle, compiled, drain, engine_of, one, submit
 from tests.tiny_tokenizers import byte_level
 
 PROMPTS = [tiny_tokens(length, seed=length) for length in (40, 63, 5, 90)]
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.fixture(scope="module")

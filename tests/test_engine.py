@@ -44,11 +44,6 @@ def run_ahead(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 @pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
-
-
-@pytest.fixture(scope="module")
 def alone(weights: PreTrainedModel) -> Alone:
     return lone_runs(weights, RULES)
 

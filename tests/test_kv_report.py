@@ -10,25 +10,19 @@ from unittest.mock import Mock
 import numpy
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from fastdms import options
 from fastdms.cache import CompactCache
 from fastdms.kv_report import KVReport
 from fastdms.sampling_params import SamplingParams
 from tests import oracle
-from tests.models import HEAD_DIM, dms_config, tiny_model, tiny_tokens
+from tests.models import HEAD_DIM, dms_config, tiny_tokens
 from tests.running import compiled, drain, engine_of, kv_bytes, many, submit
 
 MASKED = dms_config("nvidia", 7)
 PARAMS = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 SPANS = (2, 2)  # layers, KV heads
 PROMPTS = [tiny_tokens(length, seed=length) for length in (70, 3, 150)]
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 def nbytes(cache: CompactCache) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from fastdms.ops import count_tokens
 from fastdms.request import Request
 from fastdms.sampling_params import SamplingParams
 from tests import oracle
-from tests.models import VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
+from tests.models import VOCAB_SIZE, dms_config, tiny_tokens
 from tests.running import Alone, Watch, check_idle, compiled, drain, engine_of, lone_runs, many, one, submit
 
 MASKED = dms_config("nvidia", 7)
@@ -34,11 +34,6 @@ KINDS = [
     replace(GREEDY, repetition_penalty=1.5, frequency_penalty=0.2),
 ]
 PROMPTS = [tiny_tokens(length, seed=length) for length in (1, 64, 40, 130, 2, 63, 90)]
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import fastdms
 from fastdms.sampling_params import SamplingParams
 from fastdms.tokenizer import encode_chat
-from tests.models import VOCAB_SIZE, dms_config, save_checkpoint, tiny_model, tiny_tokens
+from tests.models import VOCAB_SIZE, dms_config, save_checkpoint, tiny_tokens
 from tests.running import Watch, check_idle, compiled, engine_of, many, one
 from tests.tiny_tokenizers import byte_level
 from tests.tolerance import assert_logits_close
@@ -25,11 +25,6 @@ MASKED = dms_config("nvidia", 7)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1, seed=3, max_tokens=40, ignore_eos=True)
 CHAT = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.fixture(scope="module")

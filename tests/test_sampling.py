@@ -28,11 +28,6 @@ UNSEEDED = replace(SEEDED, seed=None)
 
 
 @pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
-
-
-@pytest.fixture(scope="module")
 def model(weights: PreTrainedModel) -> fastdms.CompiledModel:
     return compiled(weights, dms=MASKED, max_concurrency=8)
 

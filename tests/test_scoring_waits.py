@@ -8,17 +8,12 @@ import pytest
 from transformers import PreTrainedModel
 
 from fastdms.sampling_params import SamplingParams
-from tests.models import dms_config, tiny_model, tiny_tokens
+from tests.models import dms_config, tiny_tokens
 from tests.running import check_idle, compiled, drain, engine_of, one, submit
 from tests.tolerance import assert_logits_close
 
 MASKED = dms_config("nvidia", 7)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def weights() -> PreTrainedModel:
-    return tiny_model("qwen3")
 
 
 @pytest.mark.parametrize("ahead", [False, True])
