@@ -6,7 +6,7 @@ Programs and spans are both in order, so each pair (program p, span s) that meet
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined, assignment"
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 import triton
@@ -14,20 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastdms.ops.decode_attention.merge_kernel import _merge_kernel
-from fastdms.ops.decode_attention.split_kernel import first_tile, span_tiles, with_restarts
+from fastdms.ops.decode_attention.split_kernel import Tiles, first_tile, span_tiles, with_restarts
 from fastdms.ops.decode_attention.tile_kernel import LOWEST, tile_step
 from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype, power_of_two
-
-
-class Tiles(NamedTuple):
-    """How the work is cut: tokens of a tile, warps and pipeline stages of a program, programs per multiprocessor, and
-    what a program takes to go on to another span, in tiles."""
-
-    tokens: int
-    warps: int
-    stages: int
-    programs: int
-    restart: int = 2
 
 
 def tiles(head_dim: int, element_bytes: int) -> Tiles:
@@ -41,10 +30,11 @@ def tiles(head_dim: int, element_bytes: int) -> Tiles:
     return Tiles(tokens=64 if head_dim * element_bytes <= 256 else 32, warps=4, stages=3, programs=2)
 
 
-def merge_pieces(programs: int, spans: int) -> int:
-    """Partials that the merge takes at once: about as many as a span has if all are of one length."""
-    pieces: int = triton.next_power_of_2(programs // spans + 2)
-    return min(64, max(16, pieces))
+def merge_tile(programs: int, spans: int, head_dim: int) -> tuple[int, int, int]:
+    """Partials that the merge takes at once, about as many as a span has if all are of one length; channels; warps."""
+    pieces: int = min(64, max(16, triton.next_power_of_2(programs // spans + 2)))
+    channels: int = min(triton.next_power_of_2(head_dim), 1024 // pieces)
+    return pieces, channels, 1
 
 
 @triton.jit
@@ -76,6 +66,7 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     PROGRAMS: tl.constexpr,
     RESTART: tl.constexpr,
+    LEAST: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     PARTS: tl.constexpr,
     FAST: tl.constexpr,
@@ -90,8 +81,8 @@ def _decode_attention_kernel(
     tiles_of, empty = with_restarts(tiles_of, RESTART, PROGRAMS)
     cumulative = tl.cumsum(tiles_of, 0)
     total = tl.sum(tiles_of, 0)
-    tile = first_tile(i_p, total, PROGRAMS)
-    end = first_tile(i_p + 1, total, PROGRAMS)
+    tile = first_tile(i_p, total, PROGRAMS, LEAST)
+    end = first_tile(i_p + 1, total, PROGRAMS, LEAST)
     o_s = tl.arange(0, S)
     o_g = tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
@@ -167,35 +158,53 @@ def decode_attention(
     dot = dot_dtype(q.dtype, k_pages.dtype)
     if k_scales.numel() > 0 and dot != tl.float32:
         dot = tl.float16  # holds every fp8 value, and the hardware converts to it
-    block_n, warps, stages, per_processor, restart = tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
-    if page_size % block_n == 0:
-        k_scales, v_scales = _pairs(k_scales), _pairs(v_scales)
-    pairs = k_scales.numel() > 0 and head_dim >= 32 and head_dim % 2 == 0 and v_pages.storage_offset() % 2 == 0
-    if pairs:  # at least 16 in a head, as many as the matrix units have rows
-        v_pages = v_pages.view(torch.int16)
-    programs = min(
-        per_processor * _num_processors(q.device), spans * triton.cdiv(page_table.shape[-1] * page_size, block_n)
-    )
+    hopper = _hopper_kernel(q, live_len, k_pages, v_pages, k_scales, v_scales)
+    if hopper is None:
+        cut = tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
+    else:
+        cut = hopper.hopper_tiles(head_dim)
+    most = cut.programs * _num_processors(q.device)
+    programs = min(most, spans * triton.cdiv(page_table.shape[-1] * page_size, cut.tokens))
     partials = q.new_empty((programs + spans) * group * (head_dim + 2), dtype=torch.float32)
     acc, maxima, sums = partials.split([(programs + spans) * group * n for n in (head_dim, 1, 1)])
-    blocks = {
-        "S": triton.next_power_of_2(spans), "HKV": num_kv_heads, "G": group, "D": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_N": block_n, "PROGRAMS": programs,
-        "RESTART": restart,
+    sizes = {
+        "S": triton.next_power_of_2(spans), "HKV": num_kv_heads, "G": group, "D": head_dim, "BLOCK_N": cut.tokens,
+        "PROGRAMS": programs, "RESTART": cut.restart, "LEAST": cut.least if programs == most else 1,
     }  # fmt: skip
-    _decode_attention_kernel[(programs,)](
-        q, positions, rows, k_pages, v_pages, k_scales, v_scales, page_table, live_len, maxima, sums, acc,
-        *q.stride()[:2], spans, page_table.shape[-1], sm_scale * LOG2_E,
-        BLOCK_G=max(8, triton.next_power_of_2(group)), PAGE=page_size, HAS_SCALES=k_scales.numel() > 0,
-        PARTS=2 if pairs else 1, FAST=q.device.type == "cuda" and dot == tl.float16, DOT=dot, num_warps=warps,
-        num_stages=stages, **blocks, **dependent_launch(q.device),
-    )  # fmt: skip
-    pieces = merge_pieces(programs, spans)
-    _merge_kernel[(spans, group)](
-        positions, rows, live_len, maxima, sums, acc, out, spans, PIECES=pieces, num_warps=pieces // 16, **blocks,
-        **dependent_launch(q.device),
+    dependent = dependent_launch(q.device)
+    lengths = (page_table, live_len, maxima, sums, acc, *q.stride()[:2], spans, page_table.shape[-1])
+    if hopper is not None:
+        stored = (k_pages, v_pages, k_scales, v_scales)
+        tensors = (q, positions, rows, *stored, *lengths, sm_scale * LOG2_E)
+        hopper.attend(programs, cut, tensors, {**sizes, "PAGE": page_size}, **dependent)
+    else:
+        if page_size % cut.tokens == 0:
+            k_scales, v_scales = _pairs(k_scales), _pairs(v_scales)
+        pairs = k_scales.numel() > 0 and head_dim >= 32 and head_dim % 2 == 0 and v_pages.storage_offset() % 2 == 0
+        if pairs:  # at least 16 in a head, as many as the matrix units have rows
+            v_pages = v_pages.view(torch.int16)
+        _decode_attention_kernel[(programs,)](
+            q, positions, rows, k_pages, v_pages, k_scales, v_scales, *lengths, sm_scale * LOG2_E,
+            BLOCK_G=max(8, triton.next_power_of_2(group)), BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            PAGE=page_size, HAS_SCALES=k_scales.numel() > 0, PARTS=2 if pairs else 1,
+            FAST=q.device.type == "cuda" and dot == tl.float16, DOT=dot, num_warps=cut.warps, num_stages=cut.stages,
+            **sizes, **dependent,
+        )  # fmt: skip
+    pieces, channels, warps = merge_tile(programs, spans, head_dim)
+    _merge_kernel[(spans, group, triton.cdiv(head_dim, channels))](
+        positions, rows, live_len, maxima, sums, acc, out, spans, PIECES=pieces, BLOCK_C=channels,
+        num_warps=warps, **sizes, **dependent,
     )  # fmt: skip
     return out
+
+
+def _hopper_kernel(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> ModuleType | None:
+    """The kernel for fp8 pages on Hopper, where it takes what is ``stored``."""
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return None
+    from fastdms.ops.decode_attention import hopper_kernel  # Gluon only where it is used
+
+    return hopper_kernel if hopper_kernel.is_supported(q, live_len, *stored) else None
 
 
 def _pairs(scales: torch.Tensor) -> torch.Tensor:

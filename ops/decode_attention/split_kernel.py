@@ -3,9 +3,23 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
+
+
+class Tiles(NamedTuple):
+    """How the work is cut: tokens of a tile, warps and pipeline stages of a program, programs per multiprocessor, what
+    a program takes to go on to another span, in tiles, and how many tiles a program should have at least."""
+
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+    restart: int = 2
+    least: int = 1
 
 
 @triton.jit
@@ -44,21 +58,27 @@ def with_restarts(tiles_of, RESTART: tl.constexpr, PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def first_tile(program, total, PROGRAMS: tl.constexpr):
+def sharers(total, PROGRAMS: tl.constexpr, LEAST: tl.constexpr):
+    """How many programs share ``total`` tiles: so many that each has LEAST, but a quarter of PROGRAMS in any case."""
+    return tl.maximum(tl.minimum(tl.cdiv(total, LEAST), PROGRAMS), tl.minimum(total, PROGRAMS // 4))
+
+
+@triton.jit
+def first_tile(program, total, PROGRAMS: tl.constexpr, LEAST: tl.constexpr):
     """Where a program's share of ``total`` tiles begins, ``total`` if it has none.
 
-    None is without a tile as long as there are enough: its partial would never be written.
+    None is without a tile before one that has some: its partial would never be written.
     """
-    programs = tl.maximum(tl.minimum(total, PROGRAMS), 1)
+    programs = tl.maximum(sharers(total, PROGRAMS, LEAST), 1)
     each = total // programs
     extra = total - each * programs
     return tl.minimum(program * each + tl.minimum(program, extra), total)
 
 
 @triton.jit
-def owner(tile, total, PROGRAMS: tl.constexpr):
+def owner(tile, total, PROGRAMS: tl.constexpr, LEAST: tl.constexpr):
     """The program whose share has ``tile < total``."""
-    programs = tl.minimum(total, PROGRAMS)
+    programs = sharers(total, PROGRAMS, LEAST)
     each = total // programs
     extra = total - each * programs
     wide = extra * (each + 1)

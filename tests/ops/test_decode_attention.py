@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdms.ops import decode_attention
-from fastdms.ops.decode_attention.kernel import Tiles
+from fastdms.ops.decode_attention.split_kernel import Tiles
 from tests.ops.definition import attend
 from tests.ops.harness import (
     BACKENDS,
@@ -46,10 +46,6 @@ def _cache(lengths: list[list[int]], dtype: torch.dtype = torch.float32, **sizes
     return cache
 
 
-def _tiles(head_dim: int, element_bytes: int) -> Tiles:
-    return Tiles(tokens=16, warps=1, stages=5, programs=1, restart=4)
-
-
 def _run(
     backend: str, cache: GuardedCache, q: torch.Tensor, rows: list[int], positions: list[int], scale: float = 0.25
 ) -> torch.Tensor:
@@ -77,7 +73,7 @@ def _oracle(
     return out
 
 
-def _compare(cache: GuardedCache, q: torch.Tensor, rows: list[int], positions: list[int], scale: float = 0.25) -> None:
+def compare(cache: GuardedCache, q: torch.Tensor, rows: list[int], positions: list[int], scale: float = 0.25) -> None:
     reference, kernel = (_run(backend, cache, q, rows, positions, scale) for backend in BACKENDS)
     oracle = _oracle(cache, q, rows, positions, scale)
     assert_close_to_definition(reference, oracle)
@@ -92,12 +88,12 @@ def test_uneven_spans_and_padding() -> None:
     cache = _cache(UNEVEN)
     check_pool(cache)
     q = torch.randn(8, 4, 16)
-    _compare(cache, q, [5, 0, 3, 0, 1, 4, 0, 2], [400, 7, 80, -1, 20, 65, -1, 50])
+    compare(cache, q, [5, 0, 3, 0, 1, 4, 0, 2], [400, 7, 80, -1, 20, 65, -1, 50])
 
 
 @pytest.mark.parametrize("rows", [[5], [0], [4, 5], [5, 4, 3]], ids=str)
 def test_any_part_of_the_batch(rows: list[int]) -> None:
-    _compare(_cache(UNEVEN), torch.randn(len(rows), 2, 16), rows, [400] * len(rows))
+    compare(_cache(UNEVEN), torch.randn(len(rows), 2, 16), rows, [400] * len(rows))
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), _READ_DTYPES)
@@ -106,7 +102,7 @@ def test_shapes_and_dtypes(heads: tuple[int, int, int], dtype: torch.dtype, kv_d
     num_kv_heads, group, head_dim = heads
     cache = _cache([[70] * num_kv_heads, [3] * num_kv_heads], kv_dtype, head_dim=head_dim)
     fused = torch.randn(2, num_kv_heads * (group + 2), head_dim).to(dtype)
-    _compare(cache, fused[:, : num_kv_heads * group], [1, 0], [9, 99])
+    compare(cache, fused[:, : num_kv_heads * group], [1, 0], [9, 99])
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), REFERENCE_DTYPES)
@@ -123,7 +119,7 @@ def test_small_and_large_values(magnitude: float, dtype: torch.dtype, kv_dtype: 
     """Many small values (weight times scale underflows in 16 bits), and scores of thousands."""
     cache = make_cache(num_rows=1, max_context=400, num_pages=60, kv_dtype=kv_dtype)
     fill_spans(cache, [[400, 65]], lambda n: torch.randn(n, 16) * magnitude)
-    _compare(cache, torch.randn(1, 4, 16).mul(magnitude).to(dtype), [0], [400], 1.0)
+    compare(cache, torch.randn(1, 4, 16).mul(magnitude).to(dtype), [0], [400], 1.0)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -131,33 +127,38 @@ def test_small_and_large_values(magnitude: float, dtype: torch.dtype, kv_dtype: 
 def test_page_edges(page_size: int, pages: int) -> None:
     edge = pages * page_size
     cache = _cache([[edge - 1, edge, edge + 1]], page_size=page_size)
-    _compare(cache, torch.randn(1, 3, 16), [0], [edge])
+    compare(cache, torch.randn(1, 3, 16), [0], [edge])
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 24, 48, 128, 256])
 def test_pages_that_divide_the_tile_are_divided_by_it_or_neither(page_size: int) -> None:
     cache = _cache([[300, 70, 1], [33, 0, 96]], page_size=page_size, num_pages=600)
-    _compare(cache, torch.randn(2, 6, 16), [1, 0], [400, 400])
+    compare(cache, torch.randn(2, 6, 16), [1, 0], [400, 400])
 
 
 def test_more_pieces_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("fastdms.ops.decode_attention.kernel"), "_num_processors", lambda _: 30)
-    cache = _cache([[1500, 3], [40, 200]], page_size=64)
-    _compare(cache, torch.randn(2, 2, 16), [0, 1], [1600, 1600])
+    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    monkeypatch.setattr(kernel, "tiles", lambda *_: Tiles(tokens=16, warps=1, stages=1, programs=1))
+    monkeypatch.setattr(kernel, "_num_processors", lambda _: 60)
+    assert kernel.merge_tile(60, 8, 16)[0] < 60 * 1500 // 1520
+    cache = _cache([[1500, 3, 2, 1], [5, 7, 1, 1]], page_size=64)
+    compare(cache, torch.randn(2, 4, 16), [0, 1], [1600, 1600])
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
 @pytest.mark.parametrize("page_size", [16, 20, 64])
-@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize(("programs", "least"), [(1, 1), (2, 1), (3, 1), (3, 20), (9, 5), (60, 5)])
 def test_programs_that_go_on_to_another_span(
-    programs: int, page_size: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    programs: int, least: int, page_size: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With so many tiles each that going on counts as some, which hold nothing, wherever a share begins or ends."""
+    """Few: each has so many tiles that going on counts as some, which hold nothing, wherever a share begins or ends.
+    Many: some are left without a tile."""
     kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
-    monkeypatch.setattr(kernel, "tiles", _tiles)
+    cut = Tiles(tokens=16, warps=1, stages=5, programs=1, restart=4, least=least)
+    monkeypatch.setattr(kernel, "tiles", lambda *_: cut)
     monkeypatch.setattr(kernel, "_num_processors", lambda _: programs)
     cache = _cache([[400, 3], [0, 200], [65, 64], [97, 1]], kv_dtype, page_size=page_size, head_dim=64)
-    _compare(cache, torch.randn(4, 6, 64), [0, 1, 2, 3], [500] * 4)
+    compare(cache, torch.randn(4, 6, 64), [0, 1, 2, 3], [500] * 4)
 
 
 @pytest.mark.parametrize("rising", [True, False])
@@ -168,7 +169,7 @@ def test_scores_that_rise_or_fall_along_a_span(rising: bool) -> None:
     keys = order[:, None] / 100 + torch.randn(400, 16) / 3
     parts = [keys, torch.randn(400, 16), torch.randn(9, 16), torch.randn(9, 16)]
     fill_spans(cache, [[400, 9]], lambda n: parts.pop(0))
-    _compare(cache, torch.ones(1, 4, 16), [0], [400], 0.2)
+    compare(cache, torch.ones(1, 4, 16), [0], [400], 0.2)
 
 
 @pytest.mark.gpu
@@ -176,7 +177,7 @@ def test_one_long_span_among_short_ones() -> None:
     """Long enough that many programs share one span, and that a program serves several."""
     lengths = [[40_000, 3], [0, 64], [700, 16_896], [1, 1]]
     cache = _cache(lengths, page_size=64, num_pages=1000)
-    _compare(cache, torch.randn(4, 8, 16), [2, 0, 3, 1], [50_000, 50_000, 50_000, -1])
+    compare(cache, torch.randn(4, 8, 16), [2, 0, 3, 1], [50_000, 50_000, 50_000, -1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

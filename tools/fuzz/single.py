@@ -139,7 +139,7 @@ def _soft(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tal
         grads = torch.autograd.grad(out, leaves, placed[4].view)
     if any(x.changed for x in placed):
         raise WrongAnswer(op, "an input was written to")
-    given = [x.to(device) for x in (*heads.values(), log_keep, grad_out)]
+    given = [*heads.values(), log_keep, grad_out]
     truth, plain = (_soft_in(precision, given, options) for precision in (torch.float64, dtype))
     real = torch.ones(batch, s.num_kv_heads, dtype=torch.bool)
     long = {name: float(x.float().norm(dim=-1).max()) for name, x in (*heads.items(), ("grad", grad_out))}
@@ -164,7 +164,7 @@ def _soft_in(precision: torch.dtype, given: list[torch.Tensor], options: dict[st
     args = [grad_out, *given, out, lse, *numeric]
     names = ["grad_out", *names[:4], "out", "lse", *options]
     grads = in_precision(soft_reference.soft_attention_backward, names, args, precision)
-    return tuple(x.cpu() for x in (out, *grads))
+    return (out, *grads)
 
 
 def _sample(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:

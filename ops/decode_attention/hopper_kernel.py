@@ -1,0 +1,308 @@
+"""Decode attention over fp8 pages in Gluon: keys and values go from memory straight into the registers that the matrix
+units read, past shared memory, so that many small programs fit a multiprocessor.
+
+A thread of the matrix units needs channels of some tokens of the keys and tokens of some channels of the values, but
+which of them stand side by side in a product is free, as long as both of its operands agree. So it reads whole words of
+four channels; each of the four places in a word is a product of its own. Row ``m`` of a tile is token
+``m % 8 * T + m // 8``, by which a thread's T tokens, and their scales, lie side by side, too.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined, assignment"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastdms.ops.decode_attention.split_kernel import Tiles
+
+_COLUMNS = 8  # query heads that a product of the matrix units takes
+_REGISTERS = 65536  # of a multiprocessor
+_WARP = 32
+_LOWEST = gl.constexpr(-1.0e30)
+# Four fp8 numbers in each of two words to fp16: what goes side by side into a product has the same place in both.
+_FP8_TO_FP16 = gl.constexpr("""{
+.reg .b32 p, q;
+.reg .b16 a, b, c, d;
+prmt.b32 p, $4, $5, 0x5140;
+prmt.b32 q, $4, $5, 0x7362;
+mov.b32 {a, b}, p;
+mov.b32 {c, d}, q;
+cvt.rn.f16x2.e4m3x2 $0, a;
+cvt.rn.f16x2.e4m3x2 $1, b;
+cvt.rn.f16x2.e4m3x2 $2, c;
+cvt.rn.f16x2.e4m3x2 $3, d;
+}""")
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _first_tile(program, total, PROGRAMS: gl.constexpr, LEAST: gl.constexpr):
+    """``first_tile`` of split_kernel."""
+    programs = gl.maximum(gl.minimum((total + LEAST - 1) // LEAST, PROGRAMS), gl.minimum(total, PROGRAMS // 4))
+    programs = gl.maximum(programs, 1)
+    each = total // programs
+    extra = total - each * programs
+    return gl.minimum(program * each + gl.minimum(program, extra), total)
+
+
+@gluon.jit
+def _power_of_two(largest):
+    """``power_of_two`` of triton_common."""
+    exponent = gl.ceil(gl.log2(gl.where(largest > 0.0, largest, 1.0)))
+    return gl.exp2(gl.minimum(gl.maximum(exponent, -126.0), 126.0))
+
+
+@gluon.jit
+def _places(words):
+    """The fp8 numbers of each word in fp16, a tensor for each of the four places in a word."""
+    return gl.inline_asm_elementwise(
+        _FP8_TO_FP16, "=r,=r,=r,=r,r,r", [words], dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _first_slot(table_ptr, tile, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Where a tile's tokens begin in the pool, int64."""
+    return gl.load(table_ptr + tile * BLOCK_N // PAGE).to(gl.int64) * PAGE + tile * BLOCK_N % PAGE
+
+
+@gluon.jit
+def _load_keys(k_ptr, slot, WORDS: gl.constexpr, BLOCK_N: gl.constexpr, KEYS: gl.constexpr):
+    """``[BLOCK_N, WORDS]`` int32. Offsets are of 64 bits throughout: what is constant of them joins the instruction."""
+    o_m = gl.arange(0, BLOCK_N, gl.SliceLayout(1, KEYS))
+    o_w = gl.arange(0, WORDS, gl.SliceLayout(0, KEYS)).to(gl.int64)
+    token = (o_m % 8).to(gl.int64) * (BLOCK_N // 8) + (o_m // 8).to(gl.int64)
+    return gl.load(k_ptr + slot * WORDS + (token[:, None] * WORDS + o_w[None, :]))
+
+
+@gluon.jit
+def _value_tokens(BLOCK_N: gl.constexpr, VALUES: gl.constexpr, DTYPE: gl.constexpr):
+    """``[8, T]``: token ``r * T + t`` at ``[r, t]``."""
+    PAIR: gl.constexpr = gl.SliceLayout(2, VALUES)
+    o_r = gl.arange(0, 8, gl.SliceLayout(1, PAIR)).to(DTYPE)
+    o_t = gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, PAIR)).to(DTYPE)
+    return o_r[:, None] * (BLOCK_N // 8) + o_t[None, :]
+
+
+@gluon.jit
+def _load_values(v_ptr, slot, WORDS: gl.constexpr, BLOCK_N: gl.constexpr, VALUES: gl.constexpr):
+    """``[8, T, WORDS]`` int32."""
+    o_w = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, VALUES))).to(gl.int64)
+    tokens = _value_tokens(BLOCK_N, VALUES, gl.int64)
+    return gl.load(v_ptr + slot * WORDS + (tokens[:, :, None] * WORDS + o_w[None, None, :]))
+
+
+@gluon.jit
+def _load_scales(scales_ptr, slot, BLOCK_N: gl.constexpr):
+    """``[8, T / 2]`` int32, each the bf16 scales of two tokens."""
+    PAIRS: gl.constexpr = BLOCK_N // 16
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, PAIRS], [8, 4], [1, 1], [1, 0])
+    o_r = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT)).to(gl.int64)
+    o_p = gl.arange(0, PAIRS, gl.SliceLayout(0, LAYOUT)).to(gl.int64)
+    return gl.load(scales_ptr + gl.multiple_of(slot // 2, BLOCK_N // 2) + (o_r[:, None] * PAIRS + o_p[None, :]))
+
+
+@gluon.jit
+def _by_row(pairs, BLOCK_N: gl.constexpr, ACC: gl.constexpr):
+    """Scales in fp32, in the order of a tile's rows."""
+    lower, upper = pairs << 16, pairs & -65536  # a bf16 is the upper half of the fp32 of its value
+    scales = gl.join(lower, upper).permute([1, 2, 0]).reshape([BLOCK_N]).to(gl.float32, bitcast=True)
+    return gl.convert_layout(scales, gl.SliceLayout(1, ACC), assert_trivial=True)
+
+
+@gluon.jit
+def _scores(b_k, b_q, BLOCK_N: gl.constexpr, ACC: gl.constexpr):
+    """``k q^T [BLOCK_N, 8]``."""
+    places = _places(b_k)
+    b_x = gl.zeros([BLOCK_N, b_q[0].shape[1]], gl.float32, ACC)
+    for i in gl.static_range(4):
+        b_x = mma_v2(places[i], b_q[i], b_x)
+    return b_x
+
+
+@gluon.jit
+def _softmax(
+    b_x, b_max, b_sum, b_k_scales, b_v_scales, left, scale, BLOCK_N: gl.constexpr, ACC: gl.constexpr,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """Weights of the scores, the new maximum and sum, and what the old ones shrink by; scales as in ``tile_step``."""
+    b_k_scales, b_v_scales = _by_row(b_k_scales, BLOCK_N, ACC), _by_row(b_v_scales, BLOCK_N, ACC)
+    o_m = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ACC))
+    m_n = o_m % 8 * (BLOCK_N // 8) + o_m // 8 < left
+    if MASKED:
+        b_v_scales = gl.where(m_n, b_v_scales, 1.0)
+    b_log = gl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [b_v_scales], dtype=gl.float32, is_pure=True, pack=1
+    )
+    b_x = b_x * (b_k_scales * scale)[:, None] + b_log[:, None]
+    if MASKED:
+        b_x = gl.where(m_n[:, None], b_x, _LOWEST)
+    b_new = gl.maximum(b_max, gl.max(b_x, 0))
+    b_old = gl.exp2(b_max - b_new)
+    b_w = gl.exp2(b_x - b_new[None, :])
+    if MASKED:
+        b_w = gl.where(m_n[:, None], b_w, 0.0)
+    b_sum = b_sum * b_old[None, :] + b_w * gl.exp2(-b_log)[:, None]
+    return b_w, b_new, b_sum, b_old
+
+
+@gluon.jit
+def _accumulate(
+    b_v, b_w, b_old, b_acc, left, WORDS: gl.constexpr, BLOCK_N: gl.constexpr, ACC: gl.constexpr, MASKED: gl.constexpr,
+    VALUES: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """``acc * old + v^T w``, for each place in a word; row ``m`` of it is word ``m % 8 * WORDS / 8 + m // 8``."""
+    if MASKED:
+        b_v = gl.where((_value_tokens(BLOCK_N, VALUES, gl.int32) < left)[:, :, None], b_v, 0)
+    b_w = gl.convert_layout(b_w.to(gl.float16), gl.DotOperandLayout(1, ACC, 2))
+    places = _places(gl.convert_layout(b_v, PAIRED, assert_trivial=True))
+    b_next = ()
+    for i in gl.static_range(4):
+        b_place = places[i].reshape([8, BLOCK_N // 8, 8, WORDS // 8]).permute([3, 2, 1, 0]).reshape([WORDS, BLOCK_N])
+        b_place = gl.convert_layout(b_place, gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+        b_next += (mma_v2(b_place, b_w, b_acc[i] * b_old[None, :]),)
+    return b_next
+
+
+@gluon.jit(do_not_specialize=["num_spans"])
+def _decode_hopper_kernel(
+    q_ptr, positions_ptr, rows_ptr, k_pages_ptr, v_pages_ptr, k_scales_ptr, v_scales_ptr, page_table_ptr, live_len_ptr,
+    max_ptr, sum_ptr, acc_ptr, stride_q_token, stride_q_head, num_spans, max_pages, scale_log2,
+    S: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    PROGRAMS: gl.constexpr, RESTART: gl.constexpr, LEAST: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    """What ``_decode_attention_kernel`` does, by one warp, of at most eight heads in a group.
+
+    Pages and scales are read in words of 32 bits. The next tile's keys are asked for as soon as this one's are
+    multiplied, and so are its values.
+    """
+    WORDS: gl.constexpr = D // 4
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    KEYS: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
+    QUERIES: gl.constexpr = gl.DotOperandLayout(1, ACC, 4)
+    # Bits of [r, t, word]: a thread has words and all t of two r, its warp the other r and words.
+    OWN: gl.constexpr = [[0, 0, 1]] if D == 64 else [[0, 0, 1], [0, 0, 2]]
+    TIMES: gl.constexpr = [[0, 1, 0]] if BLOCK_N == 16 else [[0, 1, 0], [0, 2, 0]]
+    LANES: gl.constexpr = [[2, 0, 0], [4, 0, 0], [0, 0, D // 32], [0, 0, D // 16], [0, 0, D // 8]]
+    SHAPE: gl.constexpr = [8, BLOCK_N // 8, WORDS]
+    VALUES: gl.constexpr = gl.DistributedLinearLayout(OWN + [[1, 0, 0]] + TIMES, LANES, [], [], SHAPE)  # noqa: RUF005
+    PAIRED: gl.constexpr = gl.DistributedLinearLayout([[1, 0, 0]] + OWN + TIMES, LANES, [], [], SHAPE)  # noqa: RUF005
+    i_p = gl.program_id(0)
+    o_s = gl.arange(0, S, gl.BlockedLayout([S // 32], [32], [1], [0]))
+    m_s = o_s < num_spans
+    position = gl.load(positions_ptr + o_s // HKV, mask=m_s, other=-1)
+    row = gl.maximum(gl.load(rows_ptr + o_s // HKV, mask=m_s, other=0), 0)
+    if DEPENDENT:
+        gdc_wait()
+    lengths = gl.load(live_len_ptr + row * HKV + o_s % HKV, mask=m_s & (position >= 0), other=0)
+    if DEPENDENT:  # not before: the merge, which may come up from now on, reads the lengths without waiting
+        gdc_launch_dependents()
+    tiles_of = (lengths + BLOCK_N - 1) // BLOCK_N
+    empty = gl.minimum(gl.sum(tiles_of, 0) // (6 * PROGRAMS), RESTART)  # as with_restarts does
+    tiles_of = gl.where(tiles_of > 0, tiles_of + empty, 0)
+    cumulative = gl.associative_scan(tiles_of, 0, _add)
+    total = gl.sum(tiles_of, 0)
+    tile = _first_tile(i_p, total, PROGRAMS, LEAST)
+    end = _first_tile(i_p + 1, total, PROGRAMS, LEAST)
+    o_g = gl.arange(0, 8, gl.SliceLayout(0, ACC))
+    o_h = gl.arange(0, 8, gl.SliceLayout(0, QUERIES))
+    o_w = gl.arange(0, WORDS, gl.SliceLayout(1, QUERIES))
+    o_m = gl.arange(0, WORDS, gl.SliceLayout(1, ACC))
+    p_channels = 4 * (o_m % 8 * (WORDS // 8) + o_m // 8)
+    while tile < end:
+        span = gl.sum((cumulative <= tile).to(gl.int32), 0)
+        own = o_s == span
+        span_end = gl.sum(gl.where(own, cumulative, 0), 0)
+        span_begin = span_end - gl.sum(gl.where(own, tiles_of, 0), 0)
+        live = gl.sum(gl.where(own, lengths, 0), 0)
+        stored_span = gl.sum(gl.where(own, row, 0), 0).to(gl.int64) * HKV + span % HKV
+        stop = gl.minimum(span_end, end)
+        table = page_table_ptr + stored_span * max_pages
+        head = (span % HKV * G + o_h).to(gl.int64)
+        p_q = q_ptr + (span // HKV).to(gl.int64) * stride_q_token + head[None, :] * stride_q_head + 4 * o_w[:, None]
+        b_q = ()
+        largest = gl.zeros([WORDS, 8], gl.float32, QUERIES)
+        for i in gl.static_range(4):
+            b_q += (gl.load(p_q + i, mask=(o_h < G)[None, :], other=0.0).to(gl.float32),)
+            largest = gl.maximum(largest, gl.abs(b_q[i]))
+        b_max = gl.full([8], _LOWEST, gl.float32, gl.SliceLayout(0, ACC))
+        b_sum = gl.zeros([BLOCK_N, 8], gl.float32, ACC)
+        b_acc = ()
+        for _ in gl.static_range(4):
+            b_acc += (gl.zeros([WORDS, 8], gl.float32, ACC),)
+        first = gl.maximum(tile - span_begin - empty, 0)
+        last = stop - span_begin - empty - 1
+        if first <= last:
+            slot = _first_slot(table, first, PAGE, BLOCK_N)
+            after = _first_slot(table, gl.minimum(first + 1, last), PAGE, BLOCK_N)
+            b_k = _load_keys(k_pages_ptr, slot, WORDS, BLOCK_N, KEYS)
+            b_k_scales = _load_scales(k_scales_ptr, slot, BLOCK_N)
+            b_v_scales = _load_scales(v_scales_ptr, slot, BLOCK_N)
+            b_v = _load_values(v_pages_ptr, slot, WORDS, BLOCK_N, VALUES)
+            power = _power_of_two(gl.max(gl.max(largest, 1), 0))  # fp16 can't hold every bf16 query
+            scale = scale_log2 * power
+            b_h = ()
+            for i in gl.static_range(4):
+                b_h += ((b_q[i] / power).to(gl.float16),)
+            for now in range(first, last):
+                slot = after
+                after = _first_slot(table, gl.minimum(now + 2, last), PAGE, BLOCK_N)
+                b_x = _scores(b_k, b_h, BLOCK_N, ACC)
+                b_k = _load_keys(k_pages_ptr, slot, WORDS, BLOCK_N, KEYS)
+                b_w, b_max, b_sum, b_old = _softmax(
+                    b_x, b_max, b_sum, b_k_scales, b_v_scales, BLOCK_N, scale, BLOCK_N, ACC, False
+                )
+                b_k_scales = _load_scales(k_scales_ptr, slot, BLOCK_N)
+                b_v_scales = _load_scales(v_scales_ptr, slot, BLOCK_N)
+                b_acc = _accumulate(b_v, b_w, b_old, b_acc, BLOCK_N, WORDS, BLOCK_N, ACC, False, VALUES, PAIRED)
+                b_v = _load_values(v_pages_ptr, slot, WORDS, BLOCK_N, VALUES)
+            left = live - last * BLOCK_N
+            b_x = _scores(b_k, b_h, BLOCK_N, ACC)
+            b_w, b_max, b_sum, b_old = _softmax(
+                b_x, b_max, b_sum, b_k_scales, b_v_scales, left, scale, BLOCK_N, ACC, True
+            )
+            b_acc = _accumulate(b_v, b_w, b_old, b_acc, left, WORDS, BLOCK_N, ACC, True, VALUES, PAIRED)
+        partial = (i_p + span).to(gl.int64) * G + o_g
+        gl.store(max_ptr + partial, b_max, mask=o_g < G)
+        gl.store(sum_ptr + partial, gl.sum(b_sum, 0), mask=o_g < G)
+        for i in gl.static_range(4):
+            gl.store(acc_ptr + partial[None, :] * D + p_channels[:, None] + i, b_acc[i], mask=(o_g < G)[None, :])
+        tile = stop
+
+
+def hopper_tiles(head_dim: int) -> Tiles:
+    """The cut that measured best (``docs/lab-notes.md``)."""
+    assert head_dim == 64
+    return Tiles(tokens=32, warps=1, stages=1, programs=16, least=2)
+
+
+def is_supported(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> bool:
+    """stored: pages of keys and of values, and their scales."""
+    pages = stored[0]
+    if pages.dtype != torch.float8_e4m3fn or q.dtype == torch.float32 or q.shape[2] != 64:
+        return False
+    few = q.shape[1] // live_len.shape[1] <= _COLUMNS
+    return few and pages.shape[1] % hopper_tiles(64).tokens == 0 and all(x.data_ptr() % 4 == 0 for x in stored)
+
+
+def attend(programs: int, cut: Tiles, tensors: tuple[Any, ...], sizes: dict[str, int], **launch: Any) -> None:
+    """Partial results as ``_decode_attention_kernel`` leaves them, of what ``is_supported``.
+
+    tensors: that kernel's, and the strides and numbers after them. sizes: S, HKV, G, D, PAGE and how the work is cut.
+    """
+    q, positions, rows, *stored = tensors[:7]
+    words = [x.view(torch.int32) for x in stored]
+    _decode_hopper_kernel[(programs,)](
+        q, positions, rows, *words, *tensors[7:], **{**sizes, "S": max(_WARP, sizes["S"])}, num_warps=cut.warps,
+        maxnreg=_REGISTERS // (_WARP * cut.programs) // 8 * 8, **launch,
+    )  # fmt: skip
