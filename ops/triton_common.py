@@ -90,6 +90,11 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": False}
 
 
+def on_hopper(device: torch.device) -> bool:
+    """Whether it has the instructions that Gluon kernels are written for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def element_strides(*tensors: torch.Tensor) -> list[int]:
     """(token, head) strides of ``[T, H, D]`` tensors, in order."""
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]

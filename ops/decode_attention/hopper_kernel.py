@@ -19,9 +19,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_attention.split_kernel import Tiles
+from fastdms.ops.gluon_common import add, registers
 
+TILES = Tiles(tokens=32, warps=1, stages=1, programs=16, least=2)  # what measured best (docs/lab-notes.md)
+_HEAD_DIM = 64
 _COLUMNS = 8  # query heads that a product of the matrix units takes
-_REGISTERS = 65536  # of a multiprocessor
 _WARP = 32
 _LOWEST = gl.constexpr(-1.0e30)
 # Four fp8 numbers in each of two words to fp16: what goes side by side into a product has the same place in both.
@@ -37,11 +39,6 @@ cvt.rn.f16x2.e4m3x2 $1, b;
 cvt.rn.f16x2.e4m3x2 $2, c;
 cvt.rn.f16x2.e4m3x2 $3, d;
 }""")
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -181,7 +178,7 @@ def _decode_hopper_kernel(
     S: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
     PROGRAMS: gl.constexpr, RESTART: gl.constexpr, LEAST: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """What ``_decode_attention_kernel`` does, by one warp, of at most eight heads in a group.
+    """What ``_decode_attention_kernel`` does, by one warp: tiles of 32 tokens, groups of at most eight heads of 64.
 
     Pages and scales are read in words of 32 bits. The next tile's keys are asked for as soon as this one's are
     multiplied, and so are its values.
@@ -191,9 +188,9 @@ def _decode_hopper_kernel(
     KEYS: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
     QUERIES: gl.constexpr = gl.DotOperandLayout(1, ACC, 4)
     # Bits of [r, t, word]: a thread has words and all t of two r, its warp the other r and words.
-    OWN: gl.constexpr = [[0, 0, 1]] if D == 64 else [[0, 0, 1], [0, 0, 2]]
-    TIMES: gl.constexpr = [[0, 1, 0]] if BLOCK_N == 16 else [[0, 1, 0], [0, 2, 0]]
-    LANES: gl.constexpr = [[2, 0, 0], [4, 0, 0], [0, 0, D // 32], [0, 0, D // 16], [0, 0, D // 8]]
+    OWN: gl.constexpr = [[0, 0, 1]]
+    TIMES: gl.constexpr = [[0, 1, 0], [0, 2, 0]]
+    LANES: gl.constexpr = [[2, 0, 0], [4, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 8]]
     SHAPE: gl.constexpr = [8, BLOCK_N // 8, WORDS]
     VALUES: gl.constexpr = gl.DistributedLinearLayout(OWN + [[1, 0, 0]] + TIMES, LANES, [], [], SHAPE)  # noqa: RUF005
     PAIRED: gl.constexpr = gl.DistributedLinearLayout([[1, 0, 0]] + OWN + TIMES, LANES, [], [], SHAPE)  # noqa: RUF005
@@ -210,7 +207,7 @@ def _decode_hopper_kernel(
     tiles_of = (lengths + BLOCK_N - 1) // BLOCK_N
     empty = gl.minimum(gl.sum(tiles_of, 0) // (6 * PROGRAMS), RESTART)  # as with_restarts does
     tiles_of = gl.where(tiles_of > 0, tiles_of + empty, 0)
-    cumulative = gl.associative_scan(tiles_of, 0, _add)
+    cumulative = gl.associative_scan(tiles_of, 0, add)
     total = gl.sum(tiles_of, 0)
     tile = _first_tile(i_p, total, PROGRAMS, LEAST)
     end = _first_tile(i_p + 1, total, PROGRAMS, LEAST)
@@ -280,29 +277,26 @@ def _decode_hopper_kernel(
         tile = stop
 
 
-def hopper_tiles(head_dim: int) -> Tiles:
-    """The cut that measured best (``docs/lab-notes.md``)."""
-    assert head_dim == 64
-    return Tiles(tokens=32, warps=1, stages=1, programs=16, least=2)
-
-
 def is_supported(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> bool:
     """stored: pages of keys and of values, and their scales."""
     pages = stored[0]
-    if pages.dtype != torch.float8_e4m3fn or q.dtype == torch.float32 or q.shape[2] != 64:
+    if pages.dtype != torch.float8_e4m3fn or q.dtype == torch.float32 or q.shape[2] != _HEAD_DIM:
         return False
     few = q.shape[1] // live_len.shape[1] <= _COLUMNS
-    return few and pages.shape[1] % hopper_tiles(64).tokens == 0 and all(x.data_ptr() % 4 == 0 for x in stored)
+    return few and pages.shape[1] % TILES.tokens == 0 and all(x.data_ptr() % 4 == 0 for x in stored)
 
 
-def attend(programs: int, cut: Tiles, tensors: tuple[Any, ...], sizes: dict[str, int], **launch: Any) -> None:
+def attend(
+    programs: int, batch: tuple[torch.Tensor, ...], stored: tuple[torch.Tensor, ...], others: tuple[Any, ...], S: int,
+    **options: Any,
+) -> None:  # fmt: skip
     """Partial results as ``_decode_attention_kernel`` leaves them, of what ``is_supported``.
 
-    tensors: that kernel's, and the strides and numbers after them. sizes: S, HKV, G, D, PAGE and how the work is cut.
+    batch: q, positions, rows. stored: pages and scales. others: that kernel's arguments after these. options: its
+    constants, and those of the launch.
     """
-    q, positions, rows, *stored = tensors[:7]
     words = [x.view(torch.int32) for x in stored]
     _decode_hopper_kernel[(programs,)](
-        q, positions, rows, *words, *tensors[7:], **{**sizes, "S": max(_WARP, sizes["S"])}, num_warps=cut.warps,
-        maxnreg=_REGISTERS // (_WARP * cut.programs) // 8 * 8, **launch,
+        *batch, *words, *others, S=max(_WARP, S), num_warps=TILES.warps,
+        maxnreg=registers(TILES.warps, TILES.programs), **options,
     )  # fmt: skip

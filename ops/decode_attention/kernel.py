@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from fastdms.ops.decode_attention.merge_kernel import _merge_kernel
 from fastdms.ops.decode_attention.split_kernel import Tiles, first_tile, span_tiles, with_restarts
 from fastdms.ops.decode_attention.tile_kernel import LOWEST, tile_step
-from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype, power_of_two
+from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype, on_hopper, power_of_two
 
 
 def tiles(head_dim: int, element_bytes: int) -> Tiles:
@@ -30,11 +30,11 @@ def tiles(head_dim: int, element_bytes: int) -> Tiles:
     return Tiles(tokens=64 if head_dim * element_bytes <= 256 else 32, warps=4, stages=3, programs=2)
 
 
-def merge_tile(programs: int, spans: int, head_dim: int) -> tuple[int, int, int]:
-    """Partials that the merge takes at once, about as many as a span has if all are of one length; channels; warps."""
+def merge_tile(programs: int, spans: int, head_dim: int) -> tuple[int, int]:
+    """Partials that the merge takes at once, about as many as a span has if all are of one length, and channels."""
     pieces: int = min(64, max(16, triton.next_power_of_2(programs // spans + 2)))
     channels: int = min(triton.next_power_of_2(head_dim), 1024 // pieces)
-    return pieces, channels, 1
+    return pieces, channels
 
 
 @triton.jit
@@ -159,10 +159,7 @@ def decode_attention(
     if k_scales.numel() > 0 and dot != tl.float32:
         dot = tl.float16  # holds every fp8 value, and the hardware converts to it
     hopper = _hopper_kernel(q, live_len, k_pages, v_pages, k_scales, v_scales)
-    if hopper is None:
-        cut = tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
-    else:
-        cut = hopper.hopper_tiles(head_dim)
+    cut = hopper.TILES if hopper else tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
     most = cut.programs * _num_processors(q.device)
     programs = min(most, spans * triton.cdiv(page_table.shape[-1] * page_size, cut.tokens))
     partials = q.new_empty((programs + spans) * group * (head_dim + 2), dtype=torch.float32)
@@ -172,11 +169,10 @@ def decode_attention(
         "PROGRAMS": programs, "RESTART": cut.restart, "LEAST": cut.least if programs == most else 1,
     }  # fmt: skip
     dependent = dependent_launch(q.device)
-    lengths = (page_table, live_len, maxima, sums, acc, *q.stride()[:2], spans, page_table.shape[-1])
-    if hopper is not None:
+    others = (page_table, live_len, maxima, sums, acc, *q.stride()[:2], spans, page_table.shape[-1], sm_scale * LOG2_E)
+    if hopper:
         stored = (k_pages, v_pages, k_scales, v_scales)
-        tensors = (q, positions, rows, *stored, *lengths, sm_scale * LOG2_E)
-        hopper.attend(programs, cut, tensors, {**sizes, "PAGE": page_size}, **dependent)
+        hopper.attend(programs, (q, positions, rows), stored, others, PAGE=page_size, **sizes, **dependent)
     else:
         if page_size % cut.tokens == 0:
             k_scales, v_scales = _pairs(k_scales), _pairs(v_scales)
@@ -184,23 +180,23 @@ def decode_attention(
         if pairs:  # at least 16 in a head, as many as the matrix units have rows
             v_pages = v_pages.view(torch.int16)
         _decode_attention_kernel[(programs,)](
-            q, positions, rows, k_pages, v_pages, k_scales, v_scales, *lengths, sm_scale * LOG2_E,
+            q, positions, rows, k_pages, v_pages, k_scales, v_scales, *others,
             BLOCK_G=max(8, triton.next_power_of_2(group)), BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             PAGE=page_size, HAS_SCALES=k_scales.numel() > 0, PARTS=2 if pairs else 1,
             FAST=q.device.type == "cuda" and dot == tl.float16, DOT=dot, num_warps=cut.warps, num_stages=cut.stages,
             **sizes, **dependent,
         )  # fmt: skip
-    pieces, channels, warps = merge_tile(programs, spans, head_dim)
+    pieces, channels = merge_tile(programs, spans, head_dim)
     _merge_kernel[(spans, group, triton.cdiv(head_dim, channels))](
         positions, rows, live_len, maxima, sums, acc, out, spans, PIECES=pieces, BLOCK_C=channels,
-        num_warps=warps, **sizes, **dependent,
+        num_warps=1, **sizes, **dependent,
     )  # fmt: skip
     return out
 
 
 def _hopper_kernel(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> ModuleType | None:
     """The kernel for fp8 pages on Hopper, where it takes what is ``stored``."""
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+    if not on_hopper(q.device):
         return None
     from fastdms.ops.decode_attention import hopper_kernel  # Gluon only where it is used
 

@@ -19,16 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastdms.ops.gluon_common import add, registers
+
 _FOREVER = gl.constexpr(2**31 - 1)  # later than any query
-_REGISTERS = 65536  # of a multiprocessor
 # Triton 3.6 has these by other names.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
 
 
 @gluon.jit
@@ -39,7 +35,7 @@ def _find_chunk(block, chunk_indptr_ptr, num_chunks, B: gl.constexpr, BLOCK_M: g
     begins = gl.load(chunk_indptr_ptr + o_b, mask=m_b, other=0)
     ends = gl.load(chunk_indptr_ptr + o_b + 1, mask=m_b, other=0)
     blocks = (ends - begins + BLOCK_M - 1) // BLOCK_M
-    cumulative = gl.associative_scan(blocks, 0, _add)
+    cumulative = gl.associative_scan(blocks, 0, add)
     chunk = gl.sum((m_b & (cumulative <= block)).to(gl.int32), 0)
     own = o_b == chunk
     before = gl.sum(gl.where(own, cumulative - blocks, 0), 0)
@@ -321,5 +317,5 @@ def attend(
         q, chunk_indptr, plan, lists, kept_before, until, *described, out, *q.stride()[:2], num_chunks, tokens,
         scale_log2, G=group, D=head_dim, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys,
         STAGES=tile.stages, num_warps=tile.num_warps, **shared,
-        maxnreg=min(255, _REGISTERS // (32 * tile.num_warps * tile.programs) // 8 * 8),
+        maxnreg=registers(tile.num_warps, tile.programs),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdms.ops.prefill_attention.attend_kernel import _attend_kernel
 from fastdms.ops.prefill_attention.pack_kernel import _pack_kernel, _plan_kernel
-from fastdms.ops.triton_common import LOG2_E, dot_dtype, element_strides
+from fastdms.ops.triton_common import LOG2_E, dot_dtype, element_strides, on_hopper
 
 _TILE = 64  # tokens or slots that a program packs at a time
 _RING_TILE = 1024  # tokens of the window that a program plans at a time
@@ -123,7 +123,7 @@ def _attend_rows(
         D=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_W=min(32, block_w),
         HAS_SCALES=k_scales.numel() > 0, **shared, **sizes,
     )  # fmt: skip
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] == 9:
+    if on_hopper(q.device):
         from fastdms.ops.prefill_attention import hopper_kernel  # Gluon only where it is used
 
         if hopper_kernel.is_supported(q, k, v):

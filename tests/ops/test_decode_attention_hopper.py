@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,28 @@ def test_pages_that_begin_within_a_word_are_not_for_it() -> None:
     layer = _cache([[70, 3]]).layer(0)
     at_three = torch.zeros(layer.k_pages.numel() + 3, dtype=_FP8)[3:].view(layer.k_pages.shape)
     assert not hopper_kernel.is_supported(_queries(1, 4), layer.live_len, at_three, *layer[1:4])
+
+
+def test_it_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument once, and nothing else but options of the launch; without a GPU nothing else calls it."""
+    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    names = hopper_kernel._decode_hopper_kernel.arg_names
+    given = []
+
+    def launch(*args: Any, **options: Any) -> None:
+        given.append([*names[: len(args)], *options])
+
+    monkeypatch.setattr(kernel, "_hopper_kernel", lambda *_: hopper_kernel)
+    monkeypatch.setattr(hopper_kernel, "_decode_hopper_kernel", {(2,): launch})
+    monkeypatch.setattr(kernel, "_merge_kernel", collections.defaultdict(lambda: lambda *_, **__: None))
+    monkeypatch.setattr(kernel, "_num_processors", lambda _: 1)
+    monkeypatch.setattr(hopper_kernel, "TILES", hopper_kernel.TILES._replace(programs=2))
+    layer = _cache([[70, 3]]).layer(0)
+    here = torch.zeros(1, dtype=torch.int32)
+    kernel.decode_attention(_queries(1, 4), here, here, *layer[:4], layer.page_table, layer.live_len, 1.0)
+    (arguments,) = given
+    assert sorted(set(arguments) - {"num_warps", "maxnreg"}) == sorted(names)
+    assert len(arguments) == len(names) + 2
 
 
 @pytest.mark.gpu

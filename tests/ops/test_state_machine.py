@@ -15,7 +15,7 @@ class _KernelMachine(CacheMachine):
 
 
 def test_reference() -> None:
-    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=60, stateful_step_count=25))
+    run_state_machine_as_test(CacheMachine, settings=settings(max_examples=80, stateful_step_count=25))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the CUDA machine runs more")

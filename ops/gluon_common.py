@@ -1,0 +1,21 @@
+"""What kernels in Gluon share. Gluon can't call Triton's device functions, so some of these exist there as well."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+from __future__ import annotations
+
+from triton.experimental import gluon
+
+_REGISTERS = 65536  # of a multiprocessor
+_MOST_REGISTERS = 255  # of a thread
+_WARP = 32
+
+
+@gluon.jit
+def add(a, b):
+    """For scans."""
+    return a + b
+
+
+def registers(num_warps: int, programs: int) -> int:
+    """Registers of each thread where so many programs share a multiprocessor; they are given out by eights."""
+    return min(_MOST_REGISTERS, _REGISTERS // (_WARP * num_warps * programs) // 8 * 8)
