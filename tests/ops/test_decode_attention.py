@@ -146,7 +146,7 @@ def test_more_pieces_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
-@pytest.mark.parametrize("page_size", [20, 64])
+@pytest.mark.parametrize("page_size", [16, 20, 64])
 @pytest.mark.parametrize(("programs", "least"), [(1, 1), (2, 1), (3, 1), (3, 20), (9, 5), (60, 5)])
 def test_programs_that_go_on_to_another_span(
     programs: int, least: int, page_size: int, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
