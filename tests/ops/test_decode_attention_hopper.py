@@ -1,26 +1,67 @@
-"""decode_attention's kernel for Hopper, whose keys and values pass shared memory by: what it takes, and its edges."""
+"""decode_attention's kernel for Hopper, whose keys and values pass shared memory by: what it takes, and its edges.
+
+Without a GPU it is emulated: all but layouts.
+"""
 
 from __future__ import annotations
 
-import collections
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastdms.ops.decode_attention import hopper_kernel
-from tests.ops.harness import GuardedCache, fill_spans, make_cache
+from tests.ops.gluon_emulator import emulate
+from tests.ops.harness import CPU, DEVICE, GuardedCache, fill_spans, make_cache
 from tests.ops.test_decode_attention import compare
 
 _FP8 = torch.float8_e4m3fn
+# The merge runs in the interpreter, which rounds bf16 wrongly.
+_DTYPES = [
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
+]
+
+
+def _places(words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What ``_FP8_TO_FP16`` does for each pair of words."""
+    numbers = words.contiguous().view(_FP8).to(torch.float16)
+    return tuple(numbers[..., i::4] for i in range(4))
+
+
+@pytest.fixture(scope="module")
+def hopper() -> Iterator[None]:
+    """That kernel and no other, on a Hopper card or emulated."""
+    if DEVICE != CPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper card")
+    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "tiles", None)  # the other kernel's, which is not to be asked
+        if DEVICE == CPU:
+            patch.setattr(kernel, "on_hopper", lambda _: True)
+            assembly: dict[str, Callable[..., Any]] = {"lg2.approx.ftz.f32 $0, $1;": torch.log2}
+            assembly[hopper_kernel._FP8_TO_FP16.value] = _places
+            emulate(patch, hopper_kernel, "_decode_hopper_kernel", assembly)
+        yield
+
+
+def _use(patch: pytest.MonkeyPatch, processors: int, programs: int) -> None:
+    """Cut the work for so many multiprocessors, and so many programs on each."""
+    patch.setattr(
+        importlib.import_module("fastdms.ops.decode_attention.kernel"), "_num_processors", lambda _: processors
+    )
+    patch.setattr(hopper_kernel, "TILES", hopper_kernel.TILES._replace(programs=programs))
 
 
 def _cache(lengths: list[list[int]], page_size: int = 64, kv_dtype: torch.dtype = _FP8) -> GuardedCache:
     longest = max(max(heads) for heads in lengths)
     cache = make_cache(
-        num_rows=len(lengths), num_kv_heads=len(lengths[0]), kv_dtype=kv_dtype, max_context=longest, num_pages=200,
-        page_size=page_size, head_dim=64,
+        num_rows=len(lengths), num_kv_heads=len(lengths[0]), kv_dtype=kv_dtype, max_context=max(longest, 1),
+        num_pages=400, page_size=page_size, head_dim=64,
     )  # fmt: skip
     fill_spans(cache, lengths, lambda n: torch.randn(n, 64))
     return cache
@@ -54,59 +95,54 @@ def test_pages_that_begin_within_a_word_are_not_for_it() -> None:
     assert not hopper_kernel.is_supported(_queries(1, 4), layer.live_len, at_three, *layer[1:4])
 
 
-def test_it_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each argument once, and nothing else but options of the launch; without a GPU nothing else calls it."""
-    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
-    names = hopper_kernel._decode_hopper_kernel.arg_names
-    given = []
-
-    def launch(*args: Any, **options: Any) -> None:
-        given.append([*names[: len(args)], *options])
-
-    monkeypatch.setattr(kernel, "_hopper_kernel", lambda *_: hopper_kernel)
-    monkeypatch.setattr(hopper_kernel, "_decode_hopper_kernel", {(2,): launch})
-    monkeypatch.setattr(kernel, "_merge_kernel", collections.defaultdict(lambda: lambda *_, **__: None))
-    monkeypatch.setattr(kernel, "_num_processors", lambda _: 1)
-    monkeypatch.setattr(hopper_kernel, "TILES", hopper_kernel.TILES._replace(programs=2))
-    layer = _cache([[70, 3]]).layer(0)
-    here = torch.zeros(1, dtype=torch.int32)
-    kernel.decode_attention(_queries(1, 4), here, here, *layer[:4], layer.page_table, layer.live_len, 1.0)
-    (arguments,) = given
-    assert sorted(set(arguments) - {"num_warps", "maxnreg"}) == sorted(names)
-    assert len(arguments) == len(names) + 2
-
-
-@pytest.mark.gpu
+@pytest.mark.wide(4)
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("page_size", [32, 64, 96])
 @pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("programs", [1, 7, None])
+@pytest.mark.parametrize("programs", [(1, 1), (1, 2), (1, 5), (7, 16), None], ids=str)
 def test_edges_of_tiles_and_pages(
-    programs: int | None, group: int, page_size: int, monkeypatch: pytest.MonkeyPatch
+    programs: tuple[int, int] | None, group: int, page_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No token, one, around tiles of 32 and pages, a long span; few programs that go on from span to span, and many."""
-    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    """No token, one, around tiles of 32 and pages, a long span. Few programs, for which going on from span to span
+    counts as some tiles; so many that a tile for each is less than they should have; and as many as there are."""
     if programs is not None:
-        monkeypatch.setattr(kernel, "_num_processors", lambda _: programs)
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a Hopper card")
-    monkeypatch.setattr(kernel, "tiles", None)  # the other kernel's, which is not to be asked
+        _use(monkeypatch, *programs)
     cache = _cache([[0, 1], [31, 32], [33, 63], [64, 65], [95, 97], [128, 1500]], page_size)
-    compare(cache, _queries(7, 2 * group), [5, 0, 3, 1, 0, 4, 2], [1600, 7, 80, 90, -1, 99, 70])
+    compare(cache, _queries(7, 2 * group, dtype), [5, 0, 3, 1, 0, 4, 2], [1600, 7, 80, 90, -1, 99, 70])
 
 
-@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(data=st.data())
+def test_any_lengths_over_any_programs(data: st.DataObject) -> None:
+    heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+    length = st.integers(0, 200) | st.sampled_from([0, 1, 31, 32, 33, 63, 64, 65, 600])
+    lengths = data.draw(st.lists(st.lists(length, min_size=heads, max_size=heads), min_size=1, max_size=5))
+    positions = data.draw(st.lists(st.sampled_from([-1, 700, 700]), min_size=len(lengths), max_size=len(lengths)))
+    rows = data.draw(st.permutations(range(len(lengths))))
+    torch.manual_seed(0)
+    cache = _cache(lengths, data.draw(st.sampled_from([32, 64, 96])))
+    with pytest.MonkeyPatch.context() as patch:
+        _use(patch, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 16)))
+        compare(cache, _queries(len(lengths), heads * group, torch.float16), rows, positions)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("magnitude", [1e-4, 30.0])
-def test_small_and_large_values(magnitude: float) -> None:
+def test_small_and_large_values(magnitude: float, dtype: torch.dtype) -> None:
     cache = make_cache(num_rows=1, max_context=400, num_pages=60, kv_dtype=_FP8, head_dim=64, page_size=64)
     fill_spans(cache, [[400, 65]], lambda n: torch.randn(n, 64) * magnitude)
-    compare(cache, _queries(1, 4).mul(magnitude), [0], [400], 1.0)
+    compare(cache, _queries(1, 4).mul(magnitude).to(dtype), [0], [400], 1.0)
 
 
-@pytest.mark.gpu
-def test_hundreds_of_spans() -> None:
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", _DTYPES)
+def test_hundreds_of_spans(dtype: torch.dtype) -> None:
     lengths = [[int(n) for n in torch.randint(1, 90, (8,))] for _ in range(40)]
     cache = make_cache(
         num_rows=40, num_kv_heads=8, max_context=96, num_pages=900, kv_dtype=_FP8, head_dim=64, page_size=64
     )
     fill_spans(cache, lengths, lambda n: torch.randn(n, 64))
-    compare(cache, _queries(40, 16), list(range(40)), [100] * 40)
+    compare(cache, _queries(40, 8, dtype), list(range(40)), [100] * 40)

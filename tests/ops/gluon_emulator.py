@@ -1,0 +1,138 @@
+"""A Gluon kernel as plain Python over torch tensors: all that it computes, but not where its layouts put it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from triton.language import constexpr
+from triton.runtime import JITFunction
+
+__all__ = ["emulate"]
+
+_LAYOUTS = ("BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout")
+_Assembly = dict[str, Callable[..., Any]]  # text -> what it does
+_POINTWISE = ("abs", "ceil", "exp2", "log2", "maximum", "minimum", "where")
+
+
+class _Block(torch.Tensor):
+    """A tensor whose ``to`` also reads its bits as another type."""
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> _Block:  # type: ignore[override]
+        return _block(self.view(dtype) if bitcast else super().to(dtype))
+
+
+def _block(x: Any) -> _Block:
+    if not isinstance(x, torch.Tensor):
+        x = torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else torch.int32)
+    block: _Block = x.as_subclass(_Block)
+    return block
+
+
+class _Pointer:
+    """Elements of a tensor from offsets on; outside its storage nothing may be read or written."""
+
+    def __init__(self, memory: torch.Tensor, offset: Any) -> None:
+        self._memory, self._offset = memory, offset
+
+    @classmethod
+    def to(cls, x: torch.Tensor) -> _Pointer:
+        memory = x.new_empty(0)
+        memory.set_(x.untyped_storage(), 0, (x.untyped_storage().nbytes() // x.element_size(),))  # type: ignore[call-overload]
+        return cls(memory, x.storage_offset())
+
+    def __add__(self, offset: Any) -> _Pointer:
+        return _Pointer(self._memory, self._offset + offset)
+
+    def _at(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        at = _block(self._offset).as_subclass(torch.Tensor).long()
+        valid = torch.ones_like(at, dtype=torch.bool) if mask is None else _block(mask).as_subclass(torch.Tensor)
+        at, valid = torch.broadcast_tensors(at, valid)
+        inside = (at >= 0) & (at < self._memory.numel())
+        assert bool((inside | ~valid).all()), "an address lies outside of its tensor's storage"
+        return at.where(valid, 0), valid
+
+    def load(self, mask: Any = None, other: Any = None) -> _Block:
+        at, valid = self._at(mask)
+        return _block(self._memory[at] if mask is None else self._memory[at].where(valid, other))
+
+    def store(self, value: torch.Tensor, mask: Any = None) -> None:
+        at, valid = self._at(mask)
+        self._memory[at[valid]] = value.as_subclass(torch.Tensor).expand(at.shape)[valid]
+
+
+def _pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of tensors and numbers alike."""
+    return lambda *args: function(*map(_block, args))
+
+
+def _multiple_of(x: _Block, divisor: int) -> _Block:
+    assert bool((x % divisor == 0).all())
+    return x
+
+
+def _language(program: int, assembly: _Assembly) -> types.SimpleNamespace:
+    """What stands in for Gluon's language in one program."""
+
+    def full(shape: list[int], value: float, dtype: torch.dtype, layout: None = None) -> _Block:
+        return _block(torch.full(shape, value, dtype=dtype))
+
+    def inline_asm_elementwise(asm: str, constraints: str, args: list[_Block], **options: Any) -> Any:
+        return assembly[asm](*args)
+
+    return types.SimpleNamespace(
+        **{name: getattr(torch, name) for name in ("int32", "int64", "float16", "float32")},
+        **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
+        **{name: _pointwise(getattr(torch, name)) for name in _POINTWISE},
+        arange=lambda start, end, layout: _block(torch.arange(start, end, dtype=torch.int32)),
+        associative_scan=lambda x, axis, combine: x.cumsum(axis, dtype=x.dtype),
+        convert_layout=lambda x, layout, assert_trivial=False: x,
+        full=full,
+        inline_asm_elementwise=inline_asm_elementwise,
+        join=lambda a, b: torch.stack((a, b), -1),
+        load=lambda pointer, mask=None, other=None: pointer.load(mask, other),
+        max=lambda x, axis: x.amax(axis),
+        multiple_of=_multiple_of,
+        program_id=lambda axis: _block(program),
+        static_range=range,
+        store=lambda pointer, value, mask=None: pointer.store(value, mask),
+        sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+        zeros=lambda shape, dtype, layout: full(shape, 0, dtype),
+    )
+
+
+def _mma(a: _Block, b: _Block, acc: _Block) -> torch.Tensor:
+    """The matrix units' product: 16-bit operands, fp32 sums."""
+    assert a.dtype == b.dtype == torch.float16
+    assert acc.dtype == torch.float32
+    return a.to(torch.float32) @ b.to(torch.float32) + acc
+
+
+class _Kernel:
+    def __init__(self, module: types.ModuleType, kernel: Callable[..., None], assembly: _Assembly) -> None:
+        self._module, self._kernel, self._assembly = module, kernel, assembly
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, maxnreg: int, **constants: Any) -> None:
+            given = [_Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in args]
+            for program in range(*grid):
+                vars(self._module)["gl"] = _language(program, self._assembly)
+                self._kernel(*given, **constants)
+
+        return launch
+
+
+def emulate(patch: pytest.MonkeyPatch, module: types.ModuleType, kernel: str, assembly: _Assembly) -> None:
+    """Let ``module``'s kernel of that name run on the CPU, over a grid of one axis, and without dependent launches."""
+    patch.setattr(module, "gl", module.gl)  # a launch replaces it
+    patch.setattr(module, "mma_v2", _mma)
+    for name, value in list(vars(module).items()):
+        if name == kernel:
+            patch.setattr(module, name, _Kernel(module, value.fn, assembly))
+        elif isinstance(value, JITFunction):
+            patch.setattr(module, name, value.fn)
+        elif isinstance(value, constexpr):
+            patch.setattr(module, name, value.value)
