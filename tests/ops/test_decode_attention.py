@@ -122,6 +122,20 @@ def test_small_and_large_values(magnitude: float, dtype: torch.dtype, kv_dtype: 
     compare(cache, torch.randn(1, 4, 16).mul(magnitude).to(dtype), [0], [400], 1.0)
 
 
+@pytest.mark.parametrize("magnitude", [1e-9, 1e9])
+def test_queries_that_fp16_cannot_hold(magnitude: float) -> None:
+    """Beside fp8 pages, in whose scales the keys' magnitude is. Interpreted too: only the result is rounded to bf16."""
+    compare_far_from_one(magnitude, 16)
+
+
+def compare_far_from_one(magnitude: float, head_dim: int) -> None:
+    """Queries of this magnitude, and keys of its inverse."""
+    cache = make_cache(num_rows=1, page_size=64, head_dim=head_dim, kv_dtype=torch.float8_e4m3fn)
+    parts = [torch.randn(n, head_dim) * size for n in (100, 65) for size in (1 / magnitude, 1.0)]
+    fill_spans(cache, [[100, 65]], lambda n: parts.pop(0))
+    compare(cache, (torch.randn(1, 4, head_dim) * magnitude).to(torch.bfloat16), [0], [400])
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("pages", [1, 2, 3])
 def test_page_edges(page_size: int, pages: int) -> None:

@@ -15,9 +15,10 @@ import torch
 from hypothesis import strategies as st
 
 from fastdms.ops.decode_attention import hopper_kernel
+from fastdms.ops.triton_common import on_hopper
 from tests.ops.gluon_emulator import emulate
 from tests.ops.harness import CPU, DEVICE, GuardedCache, fill_spans, make_cache
-from tests.ops.test_decode_attention import compare
+from tests.ops.test_decode_attention import compare, compare_far_from_one
 
 _FP8 = torch.float8_e4m3fn
 # The merge runs in the interpreter, which rounds bf16 wrongly.
@@ -95,6 +96,17 @@ def test_pages_that_begin_within_a_word_are_not_for_it() -> None:
     assert not hopper_kernel.is_supported(_queries(1, 4), layer.live_len, at_three, *layer[1:4])
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)]
+)
+def test_other_cards_are_not_hopper(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert on_hopper(torch.device("cuda")) == expected
+    assert not on_hopper(CPU)
+
+
 @pytest.mark.wide(4)
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", _DTYPES)
@@ -135,6 +147,12 @@ def test_small_and_large_values(magnitude: float, dtype: torch.dtype) -> None:
     cache = make_cache(num_rows=1, max_context=400, num_pages=60, kv_dtype=_FP8, head_dim=64, page_size=64)
     fill_spans(cache, [[400, 65]], lambda n: torch.randn(n, 64) * magnitude)
     compare(cache, _queries(1, 4).mul(magnitude).to(dtype), [0], [400], 1.0)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("magnitude", [1e-9, 1e9])
+def test_queries_that_fp16_cannot_hold(magnitude: float) -> None:
+    compare_far_from_one(magnitude, 64)
 
 
 @pytest.mark.usefixtures("hopper")
