@@ -7,6 +7,7 @@ beside which the weights are on their way already. A single row has another.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_linear.int4_kernel import even_and_odd, int4_dot
 from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits, group_and_bits, scale_and_bias
-from fastdms.ops.triton_common import dependent_launch, dot_dtype, power_of_two
+from fastdms.ops.triton_common import dependent_launch, dot_dtype, on_hopper, power_of_two
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
 _VECTOR_BYTES = 16
@@ -245,13 +246,16 @@ def _norm_kernel(
     stride_x_row,
     K,
     norm_eps,
+    low,
     BLOCK_K: tl.constexpr,
-    HAS_POWER: tl.constexpr,
+    FORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """out = x / sqrt(mean(x^2) + eps) * norm / power, a program for each row.
 
-    power is 1, or with HAS_POWER a power of two after which none of the row's numbers is above one.
+    FORM: "plain", power is 1; "fp16", it is a power of two after which none of the row's numbers is above one; "parts",
+    after which none is above 256, and out is their e4m3: four significant bits of each, and in the row ``low`` rows
+    below 16 times what they leave over.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -264,11 +268,19 @@ def _norm_kernel(
     b_x = tl.load(x_ptr + row * stride_x_row + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_x *= 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 0) / K + norm_eps)
     b_x *= b_norm
-    if HAS_POWER:
+    if FORM != "plain":
         power = power_of_two(tl.max(tl.abs(b_x), 0))
         b_x /= power
-        tl.store(power_ptr + row, power)
-    tl.store(out_ptr + row * K + o_k, b_x.to(out_ptr.dtype.element_ty), mask=m_k)
+        tl.store(power_ptr + row, power / 256.0 if FORM == "parts" else power)
+    p_out = out_ptr + row * K + o_k
+    if FORM == "parts":
+        b_x *= 256.0
+        b_bits = (b_x.to(tl.int32, bitcast=True) + (1 << 19)) & -(1 << 20)
+        b_high = b_bits.to(tl.float32, bitcast=True)
+        tl.store(p_out, b_high.to(tl.float8e4nv), mask=m_k)
+        tl.store(p_out + low * K, ((b_x - b_high) * 16.0).to(tl.float8e4nv), mask=m_k)
+    else:
+        tl.store(p_out, b_x.to(out_ptr.dtype.element_ty), mask=m_k)
 
 
 def decode_linear(
@@ -290,19 +302,27 @@ def decode_linear(
     if rows == 1 and fits(x, weight, norm):
         decode_vector(x, weight, scale, bias, norm, norm_eps, residual, out, swiglu)
         return out
+    group, bits = group_and_bits(weight, scale, x)
     dependent = dependent_launch(x.device)
     power = None
     if norm is not None:
-        # fp8 becomes fp16 in one instruction, and bf16 in five; but fp16 can't hold every bf16.
-        has_power = x.dtype == torch.bfloat16 and weight.dtype == torch.float8_e4m3fn
-        normed = x.new_empty((rows, k), dtype=torch.float16 if has_power else x.dtype)
-        power = x.new_empty(rows, dtype=torch.float32) if has_power else None
+        hopper = _hopper_kernel(x, weight, residual)
+        form = "plain"
+        if weight.dtype == torch.float8_e4m3fn and x.dtype != torch.float32:
+            # fp8 becomes fp16 in one instruction, and bf16 in five; but fp16 can't hold every bf16.
+            form = "parts" if hopper else "fp16" if x.dtype == torch.bfloat16 else "plain"
+        dtype = {"plain": x.dtype, "fp16": torch.float16, "parts": torch.float8_e4m3fn}[form]
+        low = hopper.padded_rows(rows) if hopper and form == "parts" else 0
+        normed = x.new_empty((2 * low or rows, k), dtype=dtype)
+        power = None if form == "plain" else x.new_empty(rows, dtype=torch.float32)
         _norm_kernel[(rows,)](
-            x, norm, normed, power, x.stride(0), k, norm_eps, BLOCK_K=triton.next_power_of_2(k), HAS_POWER=has_power,
+            x, norm, normed, power, x.stride(0), k, norm_eps, low, BLOCK_K=triton.next_power_of_2(k), FORM=form,
             num_warps=min(16, triton.next_power_of_2(triton.cdiv(k, 1024))), **dependent,
         )  # fmt: skip
+        if hopper:
+            hopper.decode_hopper(normed, power, weight, scale, bias, out, swiglu)
+            return out
         x = normed
-    group, bits = group_and_bits(weight, scale, x)
     cut = tile(n, k, 32 if x.dtype == torch.float32 else bits, swiglu, group)
     padded = max(8, triton.next_power_of_2(rows))
     column_bits = cut.channels * (2 if swiglu else 1) * bits + padded * 8 * x.element_size()
@@ -316,6 +336,15 @@ def decode_linear(
         num_warps=cut.warps, num_stages=_stages(cut, column_bits, x.device), **dependent,
     )  # fmt: skip
     return out
+
+
+def _hopper_kernel(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> ModuleType | None:
+    """The module of the kernel for normed rows and many channels, where it fits."""
+    if residual is not None or not on_hopper(x.device):
+        return None
+    from fastdms.ops.decode_linear import hopper_kernel  # Gluon only where it is used
+
+    return hopper_kernel if hopper_kernel.is_supported(x, weight) else None
 
 
 def prefetch_bytes(weight: torch.Tensor, cut: Tile, swiglu: bool) -> int:
