@@ -133,6 +133,10 @@ class Engine:
         """Admit what fits, run a prefill chunk, or a few when running ahead, then a decode step of what is ready."""
         self._carefully(self._step)
 
+    def prefill(self) -> None:
+        """Admit and prefill what fits, and decode nothing until that is done."""
+        self._carefully(self._prefill_all)
+
     def settle(self) -> None:
         """Read the tokens of the decode step under way, if there is one."""
         self._carefully(self._land)
@@ -159,12 +163,21 @@ class Engine:
                 return
             self._land()
         self._admit()
-        prefilling = [request for request in self._running if not request.prefilled]
-        if prefilling:
+        if prefilling := self._prefilling():
             self._prefill(prefilling)
         decoding = [request for request in self._running if request.prefilled and request.output_ids]
         if decoding:
             self._decode(decoding)
+
+    def _prefill_all(self) -> None:
+        self._land()
+        self._admit()
+        while prefilling := self._prefilling():
+            self._prefill(prefilling)
+            self._admit()  # by what the last have kept, more may fit than it seemed
+
+    def _prefilling(self) -> list[Request]:
+        return [request for request in self._running if not request.prefilled]
 
     def _queue(self, request: Request) -> None:
         insort(self._waiting, request, key=lambda waiting: waiting.arrival)

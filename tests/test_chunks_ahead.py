@@ -66,3 +66,28 @@ def test_pages_that_run_out_among_them(
         return
     with compiled(weights, dms=keeps_all, max_concurrency=1) as model:
         assert [request.output_ids for request in requests] == [one(model(p, GREEDY)).token_ids for p in prompts]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("pages", [None, 20])
+def test_prompts_that_are_all_prefilled_before_any_is_decoded(
+    weights: PreTrainedModel, pages: int | None, ahead: bool
+) -> None:
+    """Those that fit: of four in 20 pages some wait, with those that were let in and found no page."""
+    prompts = [tiny_tokens(length, seed=length) for length in (200, 90, 30, 190)]
+    with compiled(weights, dms=MASKED, max_concurrency=4, pages=pages, prefill_chunk=16) as model:
+        engine = engine_of(model)
+        engine._run_ahead, engine._live_share = ahead, 0.0
+        early = submit(model, PROMPTS[1], replace(GREEDY, max_tokens=4))
+        engine.step()  # one is decoded already, and its step may be under way
+        requests = [submit(model, prompt, GREEDY) for prompt in prompts]
+        engine.prefill()
+        assert len(early.output_ids) == 2
+        running = [request for request in requests if request in engine.running]
+        assert [len(request.output_ids) for request in running] == [1] * len(running)
+        assert all(request.prefilled for request in running)
+        assert len(running) == 3 if pages is None else 0 < len(running) < 3
+        drain(model, [early, *requests])
+        check_idle(model)
+    alone = lone_runs(weights, {"masked": MASKED})
+    assert [request.output_ids for request in requests] == alone("masked", prompts, GREEDY)

@@ -10,7 +10,9 @@ import pytest
 
 import fastdms
 from fastdms.cli import main
-from fastdms.tools.bench.profile import Launch, by_kernel
+from fastdms.sampling_params import SamplingParams
+from fastdms.tools.bench.profile import Launch, by_kernel, profile_steps
+from fastdms.tools.shapes import SHAPES, random_model
 from tests.models import save_checkpoint, tiny_model
 
 TINY = ["bench", "profile", "--shape", "tiny", "--device", "cpu", "--window", "16", "--context", "64"]
@@ -60,15 +62,22 @@ def test_steps_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 steps take 13 new tokens of a context with room for 12" in capsys.readouterr().err
 
 
-def test_all_rows_are_still_there_where_the_first_are_decoded_while_the_last_are_prefilled(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = [*TINY, "--concurrency", "4", "--prefill-chunk", "16", "--repeats", "3", "--new-tokens"]
-    assert main([*arguments, "40"]) == 0
+def test_prompts_of_many_chunks_need_no_more_room_than_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last of 8 prompts is prefilled many steps after the first, which must not be decoded until then."""
+    arguments = ["--concurrency", "8", "--prefill-chunk", "8", "--repeats", "3", "--new-tokens", "13"]
+    assert main([*TINY, *arguments]) == 0
     (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
-    assert row["live_tokens"] > 4 * 4 * 17
-    assert main([*arguments, "13"]) == 2
-    assert "1 of 4 rows were left after 3 steps" in capsys.readouterr().err
+    assert row["live_tokens"] > 8 * 4 * 17
+    attention = [kernel for kernel in row["kernels"] if kernel["name"] == "fastdms::decode_attention"]
+    assert attention[0]["launches"] == 2
+
+
+def test_prompts_that_do_not_fit_together() -> None:
+    with random_model(SHAPES["tiny"], None, device="cpu", max_concurrency=2, max_context=96, kv_memory=70_000) as model:
+        prompts = [[1] * 64] * 2
+        with pytest.raises(ValueError, match=r"1 of 2 rows were left after 3 steps: kv_memory is too small"):
+            profile_steps(model, prompts, 3, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1))
+        assert not model._open_engine().running
 
 
 def test_quick_writes_a_page_and_lines_to_compare(

@@ -24,10 +24,13 @@ def profile_steps(
 ) -> dict[str, Any]:
     """``by_kernel`` of ``steps`` decode steps of all ``prompts`` together, after their prefill, sampled by ``params``.
 
+    None is decoded before all are prefilled, so that all rows are about as long, and need room for the steps alone.
+
     step_us: from the first launch to the end of the last, for each step. idle_us: of it, with nothing running.
     live_tokens: of all rows, layers and KV heads together, mean of before and after. timeline: ``median_step``, left
     out where there is none.
-    Raises ValueError where the prompts leave too little of ``max_context`` for so many steps of them all.
+    Raises ValueError where the prompts leave too little of ``max_context`` for so many steps, or don't fit into the
+    cache together.
     """
     engine = model._open_engine()
     room = model.options.max_context - max(map(len, prompts))
@@ -35,12 +38,12 @@ def profile_steps(
         raise ValueError(
             f"{steps} steps take {steps + 2 * _WARM_UP_STEPS} new tokens of a context with room for {room}"
         )
-    # As many as fit: the first prompts are decoded while the last are prefilled, and none may end before the steps do.
-    params = replace(params, max_tokens=room)
+    params = replace(params, max_tokens=room)  # as many as fit: none may end before the steps do
     requests = [model._request(list(prompt), params, answers=False) for prompt in prompts]
     try:
         for request in requests:
             engine.add(request)
+        engine.prefill()
         while not all(len(request.output_ids) >= _WARM_UP_STEPS for request in requests):
             engine.step()
         before = model.kv_report()
@@ -56,8 +59,7 @@ def profile_steps(
             engine.cancel(request)
     if left < len(prompts):
         raise ValueError(
-            f"{left} of {len(prompts)} rows were left after {steps} steps: the first are decoded while the last are "
-            f"prefilled, for which room for {room} new tokens, or kv_memory, is too little"
+            f"{left} of {len(prompts)} rows were left after {steps} steps: kv_memory is too small for all of them"
         )
     launches = _launches(recorded.events(), on_cuda)
     kernels = by_kernel(launches, steps)
