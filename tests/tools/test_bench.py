@@ -42,6 +42,7 @@ class FakeModel:
         self.config = SHAPES["tiny"]
         self.dms = fastdms.DMSConfig(window_tokens=7)
         self.dense_kernel = None
+        self.graphs, self.runs = self, {1: 0, 2: 0}
         self.options = resolve_options(
             self.config, device="cpu", dtype=None, kv_dtype="fp8", weights="auto", max_concurrency=rows,
             max_context=200, kv_memory=None, prefill_chunk=64, mode=None,
@@ -57,6 +58,11 @@ class FakeModel:
         slow = 1.0 if len(self.calls) == self.slow_call else 0.0
         self.now += 2.0 + 0.5 * (max_tokens - 1) + slow
         self.new_tokens = max_tokens
+        self.runs[2] += max_tokens - 1
+        self.runs[1] += 2 * (max_tokens > 1)  # the first row was alone at first, and the second at last
+
+    def stats(self) -> dict[str, dict[int, int]]:
+        return {"runs": dict(self.runs)}
 
     def kv_report(self) -> KVReport:
         """Half of the tokens are live in each of 2 x 2 spans."""
@@ -93,6 +99,7 @@ def test_decode_is_measured_between_one_token_and_all() -> None:
     assert row["step_ms"] == 500.0
     assert row["step_ms_spread"] == {"p20": 500.0, "p50": 500.0, "p80": 560.0}
     assert row["prefill_tok_s"] == 100.0
+    assert row["rows_a_step"] == round(2 * 10 / 12, 3)
     # Live tokens of 2 rows x 4 spans: 50 each after one token, 55 after all.
     assert row["live_bytes"] == 8 * 52.5 * 36
     assert row["floor_ms"] == pytest.approx((6_000_000 + 15_120) / 1e9 * 1e3)
@@ -166,6 +173,13 @@ def test_each_subcommand_measures_a_random_model(what: str, tmp_path: Path, caps
         else:
             assert 0.1 < row["live_share_outside_window"] < 0.4
             assert row["kv_bytes"] < rows[row["rows"] - 1]["kv_bytes"]
+
+
+def test_answers_that_end_while_later_prompts_are_prefilled(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--context", "64", "--concurrency", "8", "--prefill-chunk", "8", "--new-tokens", "5"]
+    assert main(["bench", "decode", *TINY, *given]) == 0
+    (row,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert row["rows_a_step"] == 1.0, "4 steps of a row, and 8 for the next prompt"
 
 
 @pytest.mark.parametrize("weights", ["fp8", "int4"])

@@ -122,15 +122,17 @@ def _decode(subject: Subject, prompts: list[list[int]], settings: EngineSettings
     firsts, wholes = [], []
     for _ in range(settings.repeats):  # in turns, so that a machine that slows down slows both
         firsts.append(_timed(model, prompts, settings, 1, clock))
-        before = model.kv_report()
+        before, steps_before = model.kv_report(), _decode_steps(model)
         wholes.append(_timed(model, prompts, settings, settings.new_tokens, clock))
-    after = model.kv_report()
+    after, steps = model.kv_report(), _decode_steps(model) - steps_before
     live_bytes = (_live_tokens(before) + _live_tokens(after)) / 2 * subject.kv_token_bytes
     floor = floor_ms(subject.weight_bytes + live_bytes, settings.bandwidth_tb_s)
     return {
         "new_tokens": settings.new_tokens,
         "repeats": settings.repeats,
         **decode_figures(len(prompts), settings.new_tokens, firsts, wholes, floor),
+        # Fewer than all where prompts are many chunks and answers short: the first end while the last are prefilled.
+        "rows_a_step": round(len(prompts) * (settings.new_tokens - 1) / steps, 3),
         "prefill_tok_s": rate(len(prompts) * len(prompts[0]), min(firsts)),
         "weight_bytes": subject.weight_bytes,
         "live_bytes": round(live_bytes),
@@ -208,6 +210,11 @@ def _facts(subject: Subject, settings: EngineSettings) -> dict[str, Any]:
         "dense_kernel": subject.model.dense_kernel,
         "bandwidth_tb_s": settings.bandwidth_tb_s,
     }
+
+
+def _decode_steps(model: CompiledModel) -> int:
+    """So far."""
+    return sum(model.graphs.stats()["runs"].values())
 
 
 def _live_tokens(report: KVReport) -> float:
