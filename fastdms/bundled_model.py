@@ -133,6 +133,7 @@ def _convert(source: Path, folder: Path, adapter_path: Path | None) -> None:
 
     from fastdms.checkpoint import open_checkpoint
     from fastdms.checkpoint.dms_keys import config_keys
+    from fastdms.checkpoint.hf_config import published_values
     from fastdms.tokenizer import load_tokenizer
 
     adapter = None if adapter_path is None else _adapter(adapter_path)
@@ -143,28 +144,13 @@ def _convert(source: Path, folder: Path, adapter_path: Path | None) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(folder)
-    config = checkpoint.config
     token_ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     values = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "dtype": "bfloat16",
+        **published_values(checkpoint.config),
         **token_ids,
         **({} if adapter is None else config_keys(adapter.dms)),
     }

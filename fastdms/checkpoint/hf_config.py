@@ -12,7 +12,7 @@ import transformers
 from fastdms.config import Family, ModelConfig, RopeConfig
 from fastdms.rope import check_rope_type, rope_config
 
-__all__ = ["FAMILIES", "parse_config"]
+__all__ = ["FAMILIES", "parse_config", "published_values"]
 
 FAMILIES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
@@ -75,6 +75,30 @@ def parse_config(
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def published_values(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a model in bf16 without biases; ``parse_config`` reads it, and so do others."""
+    rope = config.rope
+    scaling = {} if rope.type == "default" else {"rope_scaling": {"rope_type": rope.type, **dict(rope.parameters)}}
+    return {
+        "architectures": [FAMILIES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": rope.theta,
+        **scaling,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": "bfloat16",
+    }
 
 
 def _family(values: Mapping[str, Any]) -> Family:

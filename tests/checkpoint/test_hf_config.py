@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdms.checkpoint import open_checkpoint
-from fastdms.checkpoint.hf_config import parse_config
+from fastdms.checkpoint.hf_config import parse_config, published_values
 from fastdms.config import ModelConfig
 from fastdms.rope import ROPE_TYPES
+from fastdms.tools.shapes import SHAPES
 from tests.checkpoint.files import edit_json
 from tests.models import tiny_model
 
@@ -300,3 +303,9 @@ def test_unsupported_model_is_refused_before_its_weights_are_missed(folder: Path
     edit_json(folder / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
     with pytest.raises(ValueError, match="GPT2LMHeadModel"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_is_published_is_read_back(shape: ModelConfig) -> None:
+    read = parse_config(json.loads(json.dumps(published_values(shape))), {}, "config.json", shape.weight_dtype)
+    assert dataclasses.replace(read, bos_token_id=None, eos_token_ids=()) == shape

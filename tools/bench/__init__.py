@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         (_add_kernel_options if name == "kernels" else _add_engine_options)(command)
         if name == "profile":
             command.add_argument("--html", type=Path, metavar="FILE", help="write a page with each step's timeline")
+        if name == "decode":
+            text = "a folder of Python packages with vLLM, to measure it first in a process of its own"
+            command.add_argument("--peer", metavar="DIR", help=text)
         command.add_argument("--quick", action="store_true", help="small sizes on the CPU: under 3 minutes")
         command.add_argument("--device", help="cpu, cuda or cuda:N; cuda where there is one")
         command.add_argument("--repeats", type=int, help="how often each figure is measured")

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastdms
+from fastdms.config import ModelConfig
 from fastdms.decoder import Decoder
+from fastdms.options import resolve_options
 from fastdms.runtime import CompiledModel
 from fastdms.tools.bench.figures import decode_figures, floor_ms, rate, spread
 from fastdms.tools.bench.profile import profile_steps
 from fastdms.tools.bench.settings import EngineSettings
+from fastdms.tools.bench.vllm_peer import measure_vllm, times_faster
 from fastdms.tools.quality.metrics import live_share_outside_window
 from fastdms.tools.shapes import SHAPES, keep_share_rule, random_model
 
@@ -41,11 +44,23 @@ class Subject:
 
 
 def measure_engine(what: str, settings: EngineSettings, clock: Clock = time.perf_counter) -> Iterator[dict[str, Any]]:
-    """The rows of ``fastdms bench decode``, ``prefill`` or ``memory``, one model for each kept share."""
+    """The rows of ``fastdms bench decode``, ``profile``, ``prefill`` or ``memory``, one model for each kept share.
+
+    Of decode with a peer first that one's rows, while nothing of ours is on the device, and then how many times faster
+    ours are.
+    """
+    theirs = {}
+    if settings.peer is not None:
+        config = _shape(settings)
+        for row in measure_vllm(settings, config, resolve_options(config, kv_memory=None, **_options(settings))):
+            theirs[row["rows"], row["context"]] = row
+            yield row
     for kept in kept_shares(settings):
         subject = open_subject(settings, kept, clock)
         with subject.model:
-            yield from measure_subject(what, subject, settings, clock)
+            for row in measure_subject(what, subject, settings, clock):
+                other = theirs.get((row["rows"], row["context"]))
+                yield row if other is None else {**row, **times_faster(row, other)}
 
 
 def kept_shares(settings: EngineSettings) -> tuple[float | None, ...]:
@@ -57,19 +72,13 @@ def kept_shares(settings: EngineSettings) -> tuple[float | None, ...]:
 
 def open_subject(settings: EngineSettings, kept: float | None, clock: Clock = time.perf_counter) -> Subject:
     """The checkpoint, or random weights under a rule that keeps ``kept``; ValueError for an unknown shape."""
-    options: dict[str, Any] = {
-        "device": settings.device, "dtype": settings.dtype, "kv_dtype": settings.kv_dtype, "weights": settings.weights,
-        "mode": settings.mode, "prefill_chunk": settings.prefill_chunk, "max_concurrency": max(settings.concurrency),
-        "max_context": max(settings.contexts) + settings.new_tokens,
-    }  # fmt: skip
+    options = _options(settings)
     begin = clock()
     if settings.model is not None:
         model = fastdms.compile(settings.model, dms=settings.dms, **options)
     else:
-        if settings.shape not in SHAPES:
-            raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {settings.shape!r}")
         assert kept is not None
-        config = SHAPES[settings.shape]
+        config = _shape(settings)
         model = random_model(config, keep_share_rule(config, kept, settings.window_tokens), **options)
     _synchronize(model)
     start_s = clock() - begin
@@ -83,6 +92,20 @@ def open_subject(settings: EngineSettings, kept: float | None, clock: Clock = ti
         weight_bytes=weight_bytes(runner.decoder),
         kv_token_bytes=page.page_bytes // page.page_size,
     )
+
+
+def _options(settings: EngineSettings) -> dict[str, Any]:
+    return {
+        "device": settings.device, "dtype": settings.dtype, "kv_dtype": settings.kv_dtype, "weights": settings.weights,
+        "mode": settings.mode, "prefill_chunk": settings.prefill_chunk, "max_concurrency": max(settings.concurrency),
+        "max_context": max(settings.contexts) + settings.new_tokens,
+    }  # fmt: skip
+
+
+def _shape(settings: EngineSettings) -> ModelConfig:
+    if settings.shape not in SHAPES:
+        raise ValueError(f"--shape must be one of {', '.join(SHAPES)}, got {settings.shape!r}")
+    return SHAPES[settings.shape]
 
 
 def weight_bytes(decoder: Decoder) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["bucket_name", "decode_figures", "floor_ms", "rate", "spread"]
+__all__ = ["bucket_name", "decode_figures", "decode_rates", "floor_ms", "rate", "spread"]
 
 
 def bucket_name(row: Mapping[str, Any]) -> str:
@@ -26,14 +26,12 @@ def spread(samples: Sequence[float], digits: int = 6) -> dict[str, float]:
     return {"p20": at(0.2), "p50": at(0.5), "p80": at(0.8)}
 
 
-def decode_figures(
-    rows: int, new_tokens: int, first_s: Sequence[float], whole_s: Sequence[float], floor: float
-) -> dict[str, Any]:
+def decode_rates(rows: int, new_tokens: int, first_s: Sequence[float], whole_s: Sequence[float]) -> dict[str, Any]:
     """Tokens per second of decoding: ``B (O - 1) / (t_O - t_1)``.
 
     rows: B. new_tokens: O. first_s, whole_s: seconds for one token and for O tokens of every row, prefill included,
-    one of each per repeat. floor: ms of a step. Best: of the smallest of either; median: of their medians. A figure is
-    None where the clock's noise left no time between the two.
+    one of each per repeat. Best: of the smallest of either; median: of their medians. A figure is None where the
+    clock's noise left no time between the two.
     """
     steps = new_tokens - 1
     best_s = min(whole_s) - min(first_s)
@@ -44,8 +42,19 @@ def decode_figures(
         "decode_tok_s_median": rate(rows * steps, median_s),
         "step_ms": round(best_s / steps * 1e3, 6) if best_s > 0 else None,
         "step_ms_spread": spread(each),
+    }
+
+
+def decode_figures(
+    rows: int, new_tokens: int, first_s: Sequence[float], whole_s: Sequence[float], floor: float
+) -> dict[str, Any]:
+    """``decode_rates``, and the share that ``floor``, ms of a step, is of the best."""
+    rates = decode_rates(rows, new_tokens, first_s, whole_s)
+    best = rates["step_ms"]
+    return {
+        **rates,
         "floor_ms": round(floor, 6),
-        "floor_share": round(floor / (best_s / steps * 1e3), 4) if best_s > 0 else None,
+        "floor_share": None if best is None else round(floor / best, 4),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastdms.sampling_params import SamplingParams
 
@@ -49,6 +50,7 @@ class EngineSettings:
     shape: random weights of a published shape, or model: a checkpoint; one of them is set.
     kept: shares to keep of the tokens past the window, of random weights; None for a checkpoint, which was trained.
     concurrency: rows that run at once. contexts: prompt tokens of each row. bandwidth_tb_s: what the floor assumes.
+    peer: folder of Python packages with vLLM, which decodes beside a shape's random weights, greedily.
     The others as ``fastdms.compile`` takes them.
 
     Raises ValueError for a value outside its range.
@@ -72,6 +74,7 @@ class EngineSettings:
     top_k: int = 0
     top_p: float = 1.0
     repeats: int = 3
+    peer: str | None = None
     bandwidth_tb_s: float = COPY_TB_S
 
     def __post_init__(self) -> None:
@@ -85,6 +88,11 @@ class EngineSettings:
         _each_at_least(self, {"concurrency": 1, "contexts": 1})
         _shares(self.kept or ())
         _bandwidth(self.bandwidth_tb_s)
+        _folder(self.peer)
+        if self.peer is not None and self.model is not None:
+            raise ValueError("--peer is for random weights (--shape): it is given none of a checkpoint's")
+        if self.peer is not None and self.temperature != 0:
+            raise ValueError(f"--peer decodes greedily: --temperature must be 0, got {self.temperature}")
         self.sampling(2)
 
     def sampling(self, max_tokens: int) -> SamplingParams:
@@ -146,6 +154,7 @@ class KernelSettings:
             raise ValueError(f"--head-dim must be even (RoPE rotates pairs), got {odd[0]}")
         _shares(self.kept)
         _bandwidth(self.bandwidth_tb_s)
+        _folder(self.peer)
 
 
 # What each subcommand measures unless told otherwise.
@@ -202,3 +211,8 @@ def _shares(kept: tuple[float, ...]) -> None:
 def _bandwidth(tb_s: float) -> None:
     if not 0.0 < tb_s < math.inf:
         raise ValueError(f"--bandwidth must be a positive number of TB/s, got {tb_s}")
+
+
+def _folder(peer: str | None) -> None:
+    if peer is not None and not Path(peer).is_dir():
+        raise ValueError(f"--peer {peer} is no folder")

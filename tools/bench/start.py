@@ -17,7 +17,7 @@ from typing import Any
 from fastdms.tools.bench.figures import spread
 from fastdms.tools.bench.settings import EngineSettings
 
-__all__ = ["child", "measure_starts"]
+__all__ = ["child", "last_words", "measure_starts"]
 
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # what torch and Triton read
 _PROMPT_TOKENS = 16
@@ -94,7 +94,12 @@ def _start(settings: EngineSettings, caches: Path) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", _CHILD], input=asked, env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - begin
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"the process to be timed failed: {lines[-1]}")
+        raise ValueError(f"the process to be timed failed: {last_words(done)}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**row, "process_s": round(seconds, 3)}
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a process wrote to stderr, or its exit code."""
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1]
