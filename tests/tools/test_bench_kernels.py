@@ -219,6 +219,7 @@ def test_every_op_is_a_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert [json.loads(line) for line in printed.splitlines()] == rows
     assert len(table.splitlines()) == 1 + len(rows)
     assert {row["op"] for row in rows} == set(OPS)
+    assert all((row["own_dense"] is not None) == (row["op"] == "decode_attention") for row in rows)
     assert len(rows) == 2 * 3 + 2 * 3 + 1 + 2 + 2 * 3 + 2 + 3 + 1 + 1
     for row, line in zip(rows, table.splitlines()[1:], strict=True):
         assert line.startswith(row["op"])
@@ -249,6 +250,43 @@ def test_a_chunk_follows_what_is_kept_of_the_prompt(capsys: pytest.CaptureFixtur
     assert "40 tokens, last 16" in out
     assert rows[1]["peers"] == {}, "torch's causal mask does not let a chunk follow other tokens"
     assert rows[1]["bytes"] < rows[2]["bytes"], "fp8 pages against bf16 pages"
+
+
+def test_attention_beside_its_own_dense_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 20 live tokens 7 are of the window, 13 are a quarter of those before it; a launch takes 1 ms for 10 tokens."""
+    lengths: list[tuple[int, ...]] = []
+
+    def timed(launches: Any, restore: Any, device: torch.device, samples: int) -> list[float]:
+        time_launches(launches, restore, device, 1)
+        live = launches[0].args[2].live_len
+        lengths.append(tuple(sorted(live[0].flatten().tolist())))
+        return [float(live[0].sum()) * 100] * samples
+
+    monkeypatch.setattr("fastdms.tools.bench.kernels.time_launches", timed)
+    arguments = ["--ops", "decode_attention", "--kv-dtype", "fp8", "--spans", "zipf", "--kept", "1", "0.25"]
+    assert main(["bench", *SMALL, *arguments]) == 0
+    out = capsys.readouterr().out
+    whole, part = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    assert lengths[0] == lengths[1] != lengths[2] == (59,) * 4
+    assert (whole["own_dense"], whole["kept_asked"], part["kept_asked"]) == (None, 1.0, 0.25)
+    dense = part["own_dense"]
+    assert (dense["tokens"], dense["us"]["p50"], dense["times_faster"]) == (59, 4 * 59 * 100, 59 / 20)
+    # K and V of 4 spans: 16 fp8 numbers and a bf16 scale; a length for each span, and a page number for 4 tokens.
+    assert dense["bytes"] == 4 * (59 * 2 * (16 + 2) + 4 + 4 * 15) + 2 * 2 * 4 * 16 * 2
+    assert dense["compression"] == pytest.approx(dense["bytes"] / part["bytes"], abs=1e-4)
+    assert dense["of_compression"] == pytest.approx(dense["times_faster"] / dense["compression"], abs=1e-3)
+    assert dense["gb_s"] == pytest.approx(dense["bytes"] / dense["us"]["p50"] / 1e3, abs=1e-3)
+    assert out.splitlines()[-1].endswith(
+        f"own dense: 2.95x, {dense['of_compression']:.0%} of {dense['compression']:.2f}x"
+    )
+
+
+def test_nothing_past_the_window_is_left_of_nothing_more() -> None:
+    assert replace(SPEC, live=7, kept=0.1).logical == 7
+    assert replace(SPEC, live=8, kept=0.1).logical == 17
+    assert replace(SPEC, live=16384, kept=0.125, window_tokens=256).logical == 129280
 
 
 def test_each_op_varies_only_what_it_depends_on() -> None:

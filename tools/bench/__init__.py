@@ -114,7 +114,10 @@ def _add_kernel_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head-dim", type=int, nargs="+", dest="head_dims", metavar="D")
     parser.add_argument("--kv-dtype", nargs="+", dest="kv_dtypes", metavar="DTYPE", help="fp8, bf16 or fp32")
-    parser.add_argument("--kept", type=float, nargs="+", metavar="SHARE", help="of the tokens past the window")
+    parser.add_argument(
+        "--kept", type=float, nargs="+", metavar="SHARE",
+        help="of the tokens past the window; given, decode_attention is timed beside spans that still hold all of them",
+    )  # fmt: skip
     parser.add_argument("--linear", nargs="+", dest="linears", metavar="LAYER", help=f"of {', '.join(LINEARS)}")
     parser.add_argument("--weights", nargs="+", metavar="DTYPE", help=f"of {', '.join(WEIGHTS)}")
     parser.add_argument("--kv-heads", type=int, help="default 8")

@@ -24,7 +24,7 @@ from fastdms.tools.bench.peers import (
     linear_peers,
     prefill_peers,
 )
-from fastdms.tools.bench.settings import KernelSettings
+from fastdms.tools.bench.settings import KEPT, KernelSettings
 from fastdms.tools.bench.spec import DTYPE, Case, Spec
 from fastdms.tools.bench.timing import time_launches
 
@@ -32,7 +32,7 @@ __all__ = ["measure_kernels", "specs", "table"]
 
 _MOST_CPU_TOKENS = 4096  # the references write the whole mask out
 _DEPENDS_ON = {
-    "decode_attention": ("head_dim", "kv_dtype", "rows", "live", "spans"),
+    "decode_attention": ("head_dim", "kv_dtype", "rows", "live", "spans", "kept"),  # kept: for the own dense run alone
     "decode_linear": ("linear", "weights", "rows"),
     "decode_append": ("head_dim", "kv_dtype", "rows", "kept"),
     "decode_layer": ("head_dim", "kv_dtype", "rows", "live", "spans", "kept"),  # append, then attention
@@ -80,13 +80,20 @@ def specs(settings: KernelSettings) -> list[Spec]:
     found = []
     for op in settings.ops:
         names = _DEPENDS_ON[op]
-        for values in itertools.product(*(getattr(settings, _PLURALS.get(name, name)) for name in names)):
+        for values in itertools.product(*(_values(settings, op, name) for name in names)):
             fields: dict[str, Any] = shared | dict(zip(names, values, strict=True))
             spec = Spec(op=op, **fields)
             if op == "prefill_attention" and not spec.start:
                 spec = replace(spec, kv_dtype=settings.kv_dtypes[0])  # there is nothing in the pages
             found.append(spec)
     return list(dict.fromkeys(found))
+
+
+def _values(settings: KernelSettings, op: str, name: str) -> tuple[Any, ...]:
+    if name == "kept" and settings.kept is None:
+        return (1.0,) if op == "decode_attention" else KEPT
+    values: tuple[Any, ...] = getattr(settings, _PLURALS.get(name, name))
+    return values
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -113,10 +120,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['gb_s']:,.3g}" if row["gb_s"] < 100 else f"{row['gb_s']:,.0f}",
             f"{row['floor_share']:.1%}",
             "" if row["tflop_s"] is None else f"{row['tflop_s']:.3g}",
-            ", ".join(
-                f"{name}: " + ("failed" if "error" in peer else f"{peer['times_faster']:.2f}x")
-                for name, peer in row["peers"].items()
-            ),
+            ", ".join(_against(row)),
         ))  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     unchecked = "" if all(row["checked"] for row in rows) else "UNCHECKED: no kernel was held against its reference\n"
@@ -126,14 +130,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _measure(spec: Spec, settings: KernelSettings, flash: FlashAttention, device: torch.device) -> dict[str, Any]:
-    try:
-        case = build(spec, device)
-        launches = [
-            functools.partial(launch, case.spec, tensors, case.cache, index) for index, tensors in enumerate(case.sets)
-        ]
-        us = spread(time_launches(launches, restorer(case.cache), device, settings.repeats), 3)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"no memory on {device} for {spec}: {error}") from error
+    case, us = _time(spec, settings, device)
     seconds = us["p50"] / 1e6
     floor_us = floor_ms(case.num_bytes, settings.bandwidth_tb_s) * 1e3
     depends = _DEPENDS_ON[spec.op]
@@ -158,6 +155,49 @@ def _measure(spec: Spec, settings: KernelSettings, flash: FlashAttention, device
         "tflop_s": None if case.flops is None else round(case.flops / seconds / 1e12, 4),
         "dense_tflop_s": None if case.dense_flops is None else round(case.dense_flops / seconds / 1e12, 4),
         **_beside(case, us["p50"], settings, flash, device),
+        "own_dense": _own_dense(spec, case, us["p50"], settings, device),
+    }
+
+
+def _against(row: dict[str, Any]) -> Iterator[str]:
+    for name, peer in row["peers"].items():
+        yield f"{name}: failed" if "error" in peer else f"{name}: {peer['times_faster']:.2f}x"
+    if dense := row["own_dense"]:
+        yield f"own dense: {dense['times_faster']:.2f}x, {dense['of_compression']:.0%} of {dense['compression']:.2f}x"
+
+
+def _time(spec: Spec, settings: KernelSettings, device: torch.device) -> tuple[Case, dict[str, float]]:
+    """The case, and the spread of its microseconds."""
+    try:
+        case = build(spec, device)
+        launches = [
+            functools.partial(launch, case.spec, tensors, case.cache, index) for index, tensors in enumerate(case.sets)
+        ]
+        return case, spread(time_launches(launches, restorer(case.cache), device, settings.repeats), 3)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"no memory on {device} for {spec}: {error}") from error
+
+
+def _own_dense(
+    spec: Spec, case: Case, our_us: float, settings: KernelSettings, device: torch.device
+) -> dict[str, Any] | None:
+    """decode_attention over spans that have kept all of the tokens that the case's are left of.
+
+    compression: bytes that it moves, over the case's. of_compression: the share of it that becomes speed. None for
+    other ops, and where nothing was evicted.
+    """
+    if spec.op != "decode_attention" or spec.logical == spec.live:
+        return None
+    dense, us = _time(replace(spec, live=spec.logical, kept=1.0, spans="uniform"), settings, device)
+    faster, compression = us["p50"] / our_us, dense.num_bytes / case.num_bytes
+    return {
+        "tokens": spec.logical,
+        "us": us,
+        "bytes": dense.num_bytes,
+        "gb_s": round(dense.num_bytes / us["p50"] / 1e3, 3),
+        "times_faster": round(faster, 4),
+        "compression": round(compression, 4),
+        "of_compression": round(faster / compression, 4),
     }
 
 

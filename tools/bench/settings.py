@@ -12,6 +12,7 @@ __all__ = [
     "COPY_TB_S",
     "ENGINE",
     "ENGINE_QUICK",
+    "KEPT",
     "KERNELS_QUICK",
     "LINEARS",
     "OPS",
@@ -39,6 +40,7 @@ LINEARS = tuple(
     for layer in ("qkv", "o", "gate_up", "down", "lm_head")
 )
 WEIGHTS = ("bf16", "fp8", "int4")
+KEPT = (1.0, 0.125)
 SPANS = ("uniform", "zipf", "one-keeps-all")
 _KV_DTYPES = ("fp32", "bf16", "fp8")
 
@@ -109,6 +111,8 @@ class KernelSettings:
 
     spans: how a batch's live tokens are spread. live: mean live tokens of a span. lengths: tokens of a prompt.
     chunks: how many of them are one chunk, the last; 0: all.
+    kept: shares to keep of the tokens past the window; None: ``KEPT``. Decode attention hangs on none: a share says of
+    how many tokens the live ones are left, to time spans that have kept them all beside it; None: of no more.
     linears: layers of published shapes. weights: what theirs are stored in.
     repeats: samples of each figure. peer: folder with other libraries' kernels. check: hold each kernel against its
     reference before it is timed.
@@ -124,7 +128,7 @@ class KernelSettings:
     chunks: tuple[int, ...] = (0,)
     head_dims: tuple[int, ...] = (64, 128)
     kv_dtypes: tuple[str, ...] = ("fp8", "bf16")
-    kept: tuple[float, ...] = (1.0, 0.125)
+    kept: tuple[float, ...] | None = None
     linears: tuple[str, ...] = tuple(name for name in LINEARS if not name.startswith("tiny."))
     weights: tuple[str, ...] = WEIGHTS
     kv_heads: int = 8
@@ -152,7 +156,7 @@ class KernelSettings:
         _each_at_least(self, {"rows": 1, "live": 1, "lengths": 1, "chunks": 0, "head_dims": 2})
         if odd := [size for size in self.head_dims if size % 2]:
             raise ValueError(f"--head-dim must be even (RoPE rotates pairs), got {odd[0]}")
-        _shares(self.kept)
+        _shares(self.kept or ())
         _bandwidth(self.bandwidth_tb_s)
         _folder(self.peer)
 
@@ -173,7 +177,7 @@ ENGINE_QUICK: dict[str, dict[str, object]] = {
     "memory": {"contexts": (320, 640), "concurrency": (1,)},
 }
 KERNELS_QUICK: dict[str, object] = {
-    "rows": (2,), "live": (320,), "lengths": (384,), "head_dims": (64,), "kept": (1.0, 0.125), "kv_heads": 3,
+    "rows": (2,), "live": (320,), "lengths": (384,), "head_dims": (64,), "kv_heads": 3,
     "group": 3, "repeats": 3, "linears": ("tiny.gate_up", "tiny.lm_head"),
 }  # fmt: skip
 

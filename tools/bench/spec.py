@@ -47,6 +47,11 @@ class Spec:
         return self.length - min(self.chunk or self.length, self.length)
 
     @property
+    def logical(self) -> int:
+        """Tokens that ``live`` are what is left of: all of the window, and ``kept`` of those before it."""
+        return min(self.live, self.window_tokens) + round(max(0, self.live - self.window_tokens) / self.kept)
+
+    @property
     def sm_scale(self) -> float:
         """1 / sqrt(D)."""
         return 1 / math.sqrt(self.head_dim)
