@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch._dynamo.utils import counters
 from torch.compiler._cache import CacheArtifactManager
 
 from fastdms.graphs.key import GraphKey
@@ -57,6 +56,8 @@ class Artifacts:
         if self._folder is None:
             yield
             return
+        from torch._dynamo.utils import counters  # not above: it takes seconds, which "eager" does without
+
         loaded = self._load(keys)
         with _recording, CacheArtifactManager.with_fresh_cache():
             misses = counters["inductor"]["fxgraph_cache_miss"]

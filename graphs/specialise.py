@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = ["specialise"]
 
@@ -17,6 +16,8 @@ def specialise(graph: torch.fx.GraphModule, arguments: Sequence[Any]) -> tuple[t
 
     Each node's ``example_value`` is what it makes of them.
     """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # not above: it takes long, which "eager" does without
+
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     given = dict(zip(placeholders, arguments, strict=True))
     values: dict[torch.fx.Node, Any] = {node: size for node, size in given.items() if isinstance(size, int)}
