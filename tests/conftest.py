@@ -3,6 +3,7 @@ the model that most of them run."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -71,6 +72,15 @@ def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what torch and transformers have made by now stays: each collection would look through all of it
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
