@@ -16,6 +16,7 @@ from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunne
 __all__ = ["Engine"]
 
 _CHUNKS_AHEAD = 4  # that are prefilled before the host looks at the first, and before the next decode step
+_DENSE_TOKENS = 8192  # at most at once, where a chunk has fewer
 
 
 class Engine:
@@ -249,13 +250,19 @@ class Engine:
         counts: list[int] = pages.sum((0, 2)).tolist()
         return counts
 
+    @property
+    def _dense_chunk(self) -> int:
+        """The most tokens of a dense chunk: without a graph, a small one takes the host longer than the device."""
+        ahead = min(_CHUNKS_AHEAD * self._prefill_chunk, _DENSE_TOKENS) if self._run_ahead else 0
+        return max(self._prefill_chunk, ahead)
+
     def _remainder(self, request: Request) -> PrefillPiece:
         """What is still to prefill, or still to prefill densely, as far as one chunk can take it."""
         ids, begin = request.to_compute, request.computed
         dense = dense_tokens(self.runner.decoder.dms, len(request.prompt_ids), len(ids), self._prefill_chunk)
         if begin >= dense:
             dense = 0
-        end = min(dense or len(ids), begin + self._prefill_chunk)
+        end = min(dense or len(ids), begin + (self._dense_chunk if dense else self._prefill_chunk))
         return PrefillPiece(row=_row(request), token_ids=ids[begin:end], start=begin, dense_tokens=dense)
 
     def _prefill(self, requests: Sequence[Request]) -> None:
@@ -263,7 +270,7 @@ class Engine:
         alone, failure = len(self._running) == 1, ""
         # The host reads whether rows found their pages, which can wait for some chunks.
         for _ in range(_CHUNKS_AHEAD if self._run_ahead else 1):
-            pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk)
+            pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk, self._dense_chunk)
             try:
                 logits = self.runner.prefill(pieces)
             except HistoryError as error:
@@ -272,7 +279,7 @@ class Engine:
             prefilled = requests[: len(pieces)]  # the pieces are of the first
             for request, piece in zip(prefilled, pieces, strict=True):
                 request.computed += len(piece.token_ids)
-            if any(request.prefilled for request in prefilled):
+            if pieces[0].dense_tokens or any(request.prefilled for request in prefilled):
                 break
         if failure:  # before anything was run
             requests[0].error = ValueError(failure)

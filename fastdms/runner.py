@@ -72,17 +72,22 @@ class HistoryError(ValueError):
     """There is no memory for the keys and values of a prompt that is to be prefilled densely."""
 
 
-def fill_chunk(remainders: Iterable[PrefillPiece], num_tokens: int) -> list[PrefillPiece]:
+def fill_chunk(
+    remainders: Iterable[PrefillPiece], num_tokens: int, dense_tokens: int | None = None
+) -> list[PrefillPiece]:
     """The beginnings of ``remainders``, in order, that make one chunk of at most ``num_tokens`` tokens.
 
     A row is cut at multiples of ``num_tokens`` alone, whatever it shares its chunks with, since that shows where stored
-    keys are rounded. A piece that is prefilled densely stands alone. The pieces belong to the first of the remainders.
+    keys are rounded. A piece that is prefilled densely stands alone, and has at most ``dense_tokens`` tokens (None: as
+    many). The pieces belong to the first of the remainders.
     """
     pieces: list[PrefillPiece] = []
     room = num_tokens
     for piece in remainders:
+        if piece.dense_tokens:
+            return pieces or [replace(piece, token_ids=piece.token_ids[: dense_tokens or num_tokens])]
         ids = piece.token_ids[: num_tokens - piece.start % num_tokens]
-        if not ids or len(ids) > room or (pieces and (piece.dense_tokens or pieces[0].dense_tokens)):
+        if not ids or len(ids) > room:
             break
         pieces.append(replace(piece, token_ids=ids))
         room -= len(ids)

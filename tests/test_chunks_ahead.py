@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
+from fastdms import DMSConfig
 from fastdms.engine import Engine
 from fastdms.request import Request
+from fastdms.runner import ModelRunner, PrefillPiece
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_tokens
 from tests.running import check_idle, compiled, drain, engine_of, lone_runs, one, submit
 
 MASKED = dms_config("nvidia", 7)
+assert MASKED is not None
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [tiny_tokens(length, seed=length) for length in (400, 3)]
 
@@ -36,6 +41,32 @@ def test_several_at_a_time_beside_a_row_that_decodes(weights: PreTrainedModel, a
         check_idle(model)
     alone = lone_runs(weights, {"masked": MASKED})
     assert [long.output_ids, short.output_ids[:12]] == alone("masked", PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize(("ahead", "most"), [(False, 8192), (True, 8192), (True, 40), (True, 10)])
+@pytest.mark.parametrize("rule", ["off", replace(MASKED, prefill="dense")], ids=["off", "dense"])
+def test_a_dense_chunk_is_what_may_run_ahead_at_once(
+    weights: PreTrainedModel, rule: DMSConfig | str, ahead: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a chunk may be that large; the tokens are those of any other chunk."""
+    monkeypatch.setattr("fastdms.engine._DENSE_TOKENS", most)
+    sizes: list[int] = []
+    prefill = ModelRunner.prefill
+
+    def watched(runner: ModelRunner, pieces: Sequence[PrefillPiece]) -> torch.Tensor:
+        sizes.extend(len(piece.token_ids) for piece in pieces if piece.dense_tokens)
+        return prefill(runner, pieces)
+
+    monkeypatch.setattr(ModelRunner, "prefill", watched)
+    with compiled(weights, dms=rule, max_concurrency=2, max_context=512, prefill_chunk=16) as model:
+        engine_of(model)._run_ahead = ahead
+        requests = [submit(model, prompt, GREEDY) for prompt in PROMPTS]
+        drain(model, requests)
+        check_idle(model)
+    size = min(64, max(16, most)) if ahead else 16
+    beside = [3] if rule != "off" else []  # a prompt of three fills no chunk, but has to be dense
+    assert sizes == [*[size] * (400 // size), *[400 % size] * (400 % size > 0), *beside]
+    assert [request.output_ids for request in requests] == lone_runs(weights, {"rule": rule})("rule", PROMPTS, GREEDY)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
