@@ -15,7 +15,7 @@ from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunne
 
 __all__ = ["Engine"]
 
-_CHUNKS_AHEAD = 4  # that are prefilled before the host looks at the first, and before the next decode step
+_CHUNKS_AHEAD = 8  # that are prefilled before the host looks at the first, and before the next decode step
 _DENSE_TOKENS = 8192  # at most at once, where a chunk has fewer
 
 

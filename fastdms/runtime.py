@@ -70,7 +70,7 @@ def compile(
         all rows could need at most, if that is within 85 % of the free memory (CPU: half). A dense prefill (without
         eviction, or by its rule) holds one prompt's keys and values besides (``score`` another one's), for which None
         and a share leave room.
-    prefill_chunk: prompt tokens per prefill step, four of which may go before a decode step; it changes rounding alone.
+    prefill_chunk: prompt tokens per prefill step, eight of which may go before a decode step; changes rounding alone.
     mode: ``"graphs"`` (one CUDA graph per decode bucket, and some for prefill chunks), ``"compile"`` (torch.compile
         alone) or ``"eager"``; None: graphs on CUDA, eager on CPU.
 

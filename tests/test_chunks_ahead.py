@@ -25,17 +25,17 @@ PROMPTS = [tiny_tokens(length, seed=length) for length in (400, 3)]
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_several_at_a_time_beside_a_row_that_decodes(weights: PreTrainedModel, ahead: bool) -> None:
-    with compiled(weights, dms=MASKED, max_concurrency=2, max_context=512, prefill_chunk=16) as model:
+    with compiled(weights, dms=MASKED, max_concurrency=2, max_context=512, prefill_chunk=8) as model:
         engine = engine_of(model)
         engine._run_ahead = ahead
-        short = submit(model, PROMPTS[1], replace(GREEDY, max_tokens=40))
+        short = submit(model, PROMPTS[1], replace(GREEDY, max_tokens=60))
         engine.step()
         long = submit(model, PROMPTS[0], GREEDY)
         engine.step()
         while long.computed + 64 < 400:
             before, tokens = long.computed, len(short.output_ids)
             engine.step()
-            assert long.computed - before == (64 if ahead else 16)
+            assert long.computed - before == (64 if ahead else 8)
             assert len(short.output_ids) == tokens + 1, "a decode step after each turn"
         drain(model, [long, short])
         check_idle(model)
@@ -63,7 +63,7 @@ def test_a_dense_chunk_is_what_may_run_ahead_at_once(
         requests = [submit(model, prompt, GREEDY) for prompt in PROMPTS]
         drain(model, requests)
         check_idle(model)
-    size = min(64, max(16, most)) if ahead else 16
+    size = min(128, max(16, most)) if ahead else 16
     beside = [3] if rule != "off" else []  # a prompt of three fills no chunk, but has to be dense
     assert sizes == [*[size] * (400 // size), *[400 % size] * (400 % size > 0), *beside]
     assert [request.output_ids for request in requests] == lone_runs(weights, {"rule": rule})("rule", PROMPTS, GREEDY)

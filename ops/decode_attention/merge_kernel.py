@@ -79,5 +79,5 @@ def _merge_kernel(
             b_sum = b_sum * b_old + tl.sum(b_w * b_s, 0)
             b_acc = b_acc * b_old + tl.sum(b_w[:, None] * b_a, 0)
             b_max = b_new
-    b_out = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)
+    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)
     tl.store(out_ptr + (span.to(tl.int64) * G + i_g) * D + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
