@@ -24,6 +24,7 @@ __all__ = ["SINGLE_OPS", "run_single"]
 SINGLE_OPS = ("decode_linear", "dense_attention", "sample", "soft_attention")
 _INVALID_CALLS = 0.15
 _MOST_CHANNELS = 2000  # the reference multiplies in fp64, on the CPU
+_MANY_CHANNELS = (8000, 9000)  # around what fills every multiprocessor of a Hopper card
 _SOFT_TOKENS = 250  # the reference holds a score for each pair of tokens
 # log(noise) with noise >= 2^-6 computed as -log(1 - u) to 2^-21: off by 2^-15 of itself, and no more beyond the series.
 _NOISE_ERROR = 2.0**-14
@@ -48,6 +49,9 @@ def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
     width = min(s.num_heads * s.head_dim, _MOST_CHANNELS)
     depth = pick(rng, s.head_dim, width, int(rng.integers(1, 600)))
     outputs = pick(rng, s.num_kv_heads, width, min(s.vocab, _MOST_CHANNELS))
+    many, wide = int(rng.integers(*_MANY_CHANNELS)), 256 * int(rng.integers(1, 5))
+    if rng.random() < 0.04 and device.type == "cuda":  # where normed rows of as many have a kernel of their own
+        outputs, depth = many, wide
     swiglu, fp32_out = (bool(rng.random() < 0.4) for _ in range(2))
     channels = 2 * outputs if swiglu else outputs
     group = pick(rng, 0, 0, *GROUPS)  # 0: no int4
