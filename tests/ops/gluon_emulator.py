@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import constexpr
 from triton.runtime import JITFunction
+
+from tests.ops.gluon_shared_memory import Descriptor, SharedMemory
 
 __all__ = ["emulate"]
 
 _LAYOUTS = ("BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout")
 _Assembly = dict[str, Callable[..., Any]]  # text -> what it does
-_POINTWISE = ("abs", "ceil", "exp2", "log2", "maximum", "minimum", "where")
+_POINTWISE = ("abs", "ceil", "exp", "exp2", "log2", "maximum", "minimum", "where")
 
 
 class _Block(torch.Tensor):
-    """A tensor whose ``to`` also reads its bits as another type."""
+    """A tensor whose ``to`` also reads its bits as another type, and which nothing changes in place."""
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> _Block:  # type: ignore[override]
         return _block(self.view(dtype) if bitcast else super().to(dtype))
+
+    def __iadd__(self, other: Any) -> _Block:  # type: ignore[misc]
+        return _block(self + other)
+
+    def __imul__(self, other: Any) -> _Block:  # type: ignore[misc]
+        return _block(self * other)
+
+
+class _Constant(int):
+    """A module's constexpr, for kernels and hosts."""
+
+    @property
+    def value(self) -> int:
+        return int(self)
 
 
 def _block(x: Any) -> _Block:
@@ -37,6 +56,7 @@ class _Pointer:
 
     def __init__(self, memory: torch.Tensor, offset: Any) -> None:
         self._memory, self._offset = memory, offset
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
 
     @classmethod
     def to(cls, x: torch.Tensor) -> _Pointer:
@@ -74,7 +94,12 @@ def _multiple_of(x: _Block, divisor: int) -> _Block:
     return x
 
 
-def _language(program: int, assembly: _Assembly) -> types.SimpleNamespace:
+def _split(x: _Block) -> tuple[torch.Tensor, ...]:
+    assert x.shape[-1] == 2
+    return x.unbind(-1)
+
+
+def _language(program: int, programs: int, assembly: _Assembly, memory: SharedMemory) -> types.SimpleNamespace:
     """What stands in for Gluon's language in one program."""
 
     def full(shape: list[int], value: float, dtype: torch.dtype, layout: None = None) -> _Block:
@@ -84,11 +109,14 @@ def _language(program: int, assembly: _Assembly) -> types.SimpleNamespace:
         return assembly[asm](*args)
 
     return types.SimpleNamespace(
+        NVMMASharedLayout=NVMMASharedLayout,
         **{name: getattr(torch, name) for name in ("int32", "int64", "float16", "float32")},
         **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
         **{name: _pointwise(getattr(torch, name)) for name in _POINTWISE},
+        allocate_shared_memory=memory.allocate,
         arange=lambda start, end, layout: _block(torch.arange(start, end, dtype=torch.int32)),
         associative_scan=lambda x, axis, combine: x.cumsum(axis, dtype=x.dtype),
+        cdiv=lambda a, b: (a + b - 1) // b,
         convert_layout=lambda x, layout, assert_trivial=False: x,
         full=full,
         inline_asm_elementwise=inline_asm_elementwise,
@@ -96,7 +124,11 @@ def _language(program: int, assembly: _Assembly) -> types.SimpleNamespace:
         load=lambda pointer, mask=None, other=None: pointer.load(mask, other),
         max=lambda x, axis: x.amax(axis),
         multiple_of=_multiple_of,
+        num_programs=lambda axis: _block(programs),
+        permute=lambda x, order: x.permute(order),
         program_id=lambda axis: _block(program),
+        reshape=lambda x, shape: x.reshape(shape),
+        split=_split,
         static_range=range,
         store=lambda pointer, value, mask=None: pointer.store(value, mask),
         sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
@@ -111,28 +143,42 @@ def _mma(a: _Block, b: _Block, acc: _Block) -> torch.Tensor:
     return a.to(torch.float32) @ b.to(torch.float32) + acc
 
 
+def _given(x: Any) -> Any:
+    """An argument as a kernel gets it."""
+    if isinstance(x, TensorDescriptor):
+        return Descriptor(x)
+    return _Pointer.to(x) if isinstance(x, torch.Tensor) else x
+
+
 class _Kernel:
     def __init__(self, module: types.ModuleType, kernel: Callable[..., None], assembly: _Assembly) -> None:
         self._module, self._kernel, self._assembly = module, kernel, assembly
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, maxnreg: int, **constants: Any) -> None:
-            given = [_Pointer.to(x) if isinstance(x, torch.Tensor) else x for x in args]
+        def launch(*args: Any, maxnreg: int | None = None, **constants: Any) -> None:
+            if "num_warps" not in inspect.signature(self._kernel).parameters:
+                del constants["num_warps"]
+            given = [_given(x) for x in args]
             for program in range(*grid):
-                vars(self._module)["gl"] = _language(program, self._assembly)
+                memory = SharedMemory()
+                vars(self._module)["gl"] = _language(program, *grid, self._assembly, memory)
+                vars(self._module).update(memory.stand_ins())
                 self._kernel(*given, **constants)
+                memory.finish()
 
         return launch
 
 
 def emulate(patch: pytest.MonkeyPatch, module: types.ModuleType, kernel: str, assembly: _Assembly) -> None:
     """Let ``module``'s kernel of that name run on the CPU, over a grid of one axis, and without dependent launches."""
-    patch.setattr(module, "gl", module.gl)  # a launch replaces it
-    patch.setattr(module, "mma_v2", _mma)
+    for name in ("gl", *SharedMemory().stand_ins()):  # a launch replaces them
+        patch.setattr(module, name, vars(module).get(name), raising=False)
+    patch.setattr(module, "mma_v2", _mma, raising=False)
     for name, value in list(vars(module).items()):
         if name == kernel:
             patch.setattr(module, name, _Kernel(module, value.fn, assembly))
         elif isinstance(value, JITFunction):
             patch.setattr(module, name, value.fn)
         elif isinstance(value, constexpr):
-            patch.setattr(module, name, value.value)
+            constant = _Constant(value.value) if isinstance(value.value, int) else value.value
+            patch.setattr(module, name, constant)
