@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastdms.ops.decode_linear.schema import MOST_ROWS
 from fastdms.ops.int4 import INT4
 from fastdms.ops.triton_common import dependent_launch
 
@@ -205,7 +206,8 @@ def is_supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     aligned = k * weight.element_size() % (_UNROLL.value * _WIDTH_BYTES) == 0 and weight.data_ptr() % 16 == 0
     many = weight.shape[0] >= _M.value * _multiprocessors(x.device)
-    return aligned and many and cut(2 * padded_rows(rows) * k).stages >= 2
+    # Whatever rows there are: a batch of several must go the same way as any other.
+    return aligned and many and cut(2 * padded_rows(MOST_ROWS) * k).stages >= 2
 
 
 def decode_hopper(

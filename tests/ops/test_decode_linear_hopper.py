@@ -129,6 +129,14 @@ def test_residuals_and_other_cards_are_not_for_it(monkeypatch: pytest.MonkeyPatc
     assert kernel._hopper_kernel(x, weight, torch.empty(2, 64).half()) is None
 
 
+def test_a_batch_of_several_is_taken_whatever_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a row's result would depend on how many there are beside it."""
+    _use(monkeypatch, 1)
+    for k in range(128, 2**14, 128):
+        x, weight = torch.empty(MOST_ROWS, k, device="meta").bfloat16(), torch.empty(64, k, device="meta").bfloat16()
+        assert len({hopper_kernel.is_supported(x[:rows], weight) for rows in range(2, MOST_ROWS + 1)}) == 1, k
+
+
 def test_what_is_cut_fits_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _use(monkeypatch, 1)
     taken = 0
