@@ -26,7 +26,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_linear.schema import MOST_ROWS
-from fastdms.ops.int4 import INT4
 from fastdms.ops.triton_common import dependent_launch
 
 # Triton 3.6 has these by other names.
@@ -176,6 +175,12 @@ def _decode_linear_hopper_kernel(
         gl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
+# Of rows and weights. Two parts hold bf16 rows, but not the 11 bits of fp16 ones.
+_DTYPES = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float8_e4m3fn),
+)
 _WIDTH_BYTES = 128  # of the columns in a block: 64 of 16 bits, or 128
 _STEP_BYTES = _M.value * _UNROLL.value * _WIDTH_BYTES  # of weights
 _SHARED_BYTES = 222 * 1024  # of a multiprocessor, which the rows of x and the rings of its programs share
@@ -202,7 +207,7 @@ def padded_rows(rows: int) -> int:
 def is_supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether shapes and dtypes fit, and there are tiles enough for all multiprocessors."""
     rows, k = x.shape
-    if rows == 1 or x.dtype.itemsize != 2 or weight.dtype == INT4:
+    if rows == 1 or (x.dtype, weight.dtype) not in _DTYPES:
         return False
     aligned = k * weight.element_size() % (_UNROLL.value * _WIDTH_BYTES) == 0 and weight.data_ptr() % 16 == 0
     many = weight.shape[0] >= _M.value * _multiprocessors(x.device)

@@ -97,6 +97,7 @@ def _check_normed(inputs: dict[str, Any]) -> None:
         (False, 1, 192, 256, torch.bfloat16, torch.bfloat16),
         (False, 2, 192, 256, torch.float32, torch.float32),
         (False, 2, 192, 256, torch.float32, FP8),
+        (False, 2, 192, 256, torch.float16, FP8),
         (False, 2, 192, 256, torch.bfloat16, INT4),
         (False, 2, 191, 256, torch.bfloat16, torch.bfloat16),
         (False, 2, 192, 192, torch.bfloat16, torch.bfloat16),
