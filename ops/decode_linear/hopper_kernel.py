@@ -2,8 +2,9 @@
 memory, and from there into the matrix units.
 
 fp8 products have no other operand than fp8, so a row of x is two: its numbers rounded to four significant bits, and 16
-times what that left over. Together they hold 8 bits over 14 octaves, so that what is bf16 is exact where it matters.
-The matrix units, which keep some 14 bits of fp8 sums, add up 128 columns; all other sums are fp32.
+times what that left over. Together they hold 8 bits over 14 octaves: what is bf16 exactly, what is fp32 with half of
+bf16's rounding error; and below them the multiples of 2^-21 of what the row is scaled to. The matrix units, which keep
+some 14 bits of fp8 sums, add up 128 columns; all other sums are fp32.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined, assignment"

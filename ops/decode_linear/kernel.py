@@ -277,6 +277,8 @@ def _norm_kernel(
         b_x *= 256.0
         b_bits = (b_x.to(tl.int32, bitcast=True) + (1 << 19)) & -(1 << 20)
         b_high = b_bits.to(tl.float32, bitcast=True)
+        # Below 2^-6 e4m3 has multiples of 2^-9, as fp32 has around 2^14.
+        b_high = tl.where(tl.abs(b_x) < 0.015625, (b_x + 24576.0) - 24576.0, b_high)
         tl.store(p_out, b_high.to(tl.float8e4nv), mask=m_k)
         tl.store(p_out + low * K, ((b_x - b_high) * 16.0).to(tl.float8e4nv), mask=m_k)
     else:

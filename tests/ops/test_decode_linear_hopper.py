@@ -154,30 +154,34 @@ def test_what_is_cut_fits_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert [padded_rows(rows) for rows in (2, 8, 9, 16)] == [8, 8, 16, 16]
 
 
+def _exact() -> torch.Tensor:
+    """Positive bf16 numbers up to 256 that two parts hold: all of the upper 14 octaves, below multiples of 2^-13."""
+    upper = torch.arange(0x3C80, 0x4381, dtype=torch.int16).view(torch.bfloat16)
+    assert upper[[0, -1]].tolist() == [2**-6, 256]
+    return torch.cat((torch.arange(128).bfloat16() * 2**-13, upper))
+
+
 def test_two_parts_hold_eight_bits_over_14_octaves() -> None:
-    """bf16 exactly there, and whatever else up to half a bit more."""
-    every = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).float()
-    exact = every[(every >= 2**-6) & (every <= 256)]
-    assert len(exact) == 14 * 128 + 1
+    """Exactly, and whatever else to half of bf16's roundings; below with an error that is the same for all."""
+    exact = _exact().float()
     for x in (exact, -exact):
         parts, power = _parts(x[None])
         assert power == 1
         assert torch.equal(_add_parts(parts, 1)[0], x)
-    x = torch.cat((torch.rand(10_000) * 256, torch.tensor([256.0])))
+    x = torch.cat((torch.rand(10_000) * 256, torch.rand(10_000) / 64, torch.tensor([256.0])))
     error = (_add_parts(_parts(x[None])[0], 1)[0] - x).abs()
     assert bool((error <= (x * 2**-9).clamp_min(2**-14)).all())
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-100, 1.0, 2.0**100])
-def test_a_norm_leaves_parts_of_bf16_numbers_exactly(magnitude: float) -> None:
-    """x is 1 or -1, so that what is normed is the norm's weight; a row of zeros has none."""
-    rows, k = 3, 14 * 128 + 1
-    norm = torch.arange(0x3C80, 0x3C80 + k, dtype=torch.int16).view(torch.bfloat16)  # 2^-6 to 256
-    x = torch.rand(rows, k).sub(0.5).sign().bfloat16()
+def test_a_norm_leaves_exact_parts(magnitude: float) -> None:
+    """x is 1 or -1, so that what is normed is the norm's weight; and a row of zeros."""
+    norm = _exact()
+    x = torch.rand(3, len(norm)).sub(0.5).sign().bfloat16()
     x[1] = 0
-    parts, power = _norm_to_parts(x, (norm * magnitude).bfloat16(), 1e-30)
+    parts, power = _norm_to_parts(x, norm * magnitude, 1e-30)
     assert power.tolist() == [magnitude, 1 / 256, magnitude]
-    assert torch.equal(_add_parts(parts, rows), x * norm.float())
+    assert torch.equal(_add_parts(parts, 3), x * norm.float())
 
 
 @GPU
