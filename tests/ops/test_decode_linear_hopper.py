@@ -25,8 +25,12 @@ from tests.ops.linears import EPS, FP8, GPU, assert_right, define_linear, make_i
 from tests.tolerance import assert_within_error_budget
 
 kernel = importlib.import_module("fastdms.ops.decode_linear.kernel")
-# (compute dtype, weight dtype) that the kernel takes; the norm before it runs in the interpreter, which rounds wrongly.
-_TAKEN = [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, FP8)]
+# (compute dtype, weight dtype) that the kernel takes.
+TAKEN = [
+    pytest.param(torch.float16, torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16"),
+    pytest.param(torch.bfloat16, FP8, id="bf16-fp8"),
+]
 _STEP = 16384  # bytes
 
 
@@ -208,27 +212,33 @@ def _norm_to_parts(x: torch.Tensor, norm: torch.Tensor, eps: float) -> tuple[tor
     return parts.cpu(), power.cpu()
 
 
-@pytest.mark.wide(5)
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("dtype", "weight_dtype"), _TAKEN, ids=["fp16", "bf16", "bf16-fp8"])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), TAKEN)
 @pytest.mark.parametrize("swiglu", [False, True])
-@pytest.mark.parametrize("n", [64, 127, 129, 330])
-@pytest.mark.parametrize("by", [Cut(1, 2), Cut(1, 3), Cut(2, 5), Cut(1, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("by", "rows", "n", "k"),
+    [
+        (Cut(1, 2), 2, 64, 256), (Cut(1, 2), 8, 127, 1280), (Cut(1, 3), 9, 129, 768), (Cut(1, 3), 16, 330, 1024),
+        (Cut(2, 5), 16, 127, 1280), (Cut(2, 5), 2, 330, 768), (Cut(1, 8), 9, 64, 256), (Cut(1, 8), 8, 330, 768),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_edges_of_tiles_and_rings(
-    by: Cut, n: int, swiglu: bool, dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    by: Cut, rows: int, n: int, k: int, swiglu: bool, dtype: torch.dtype, weight_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Tiles that end with the channels and after them, a program's first, second and later ones; rings that end within
     a tile's columns, and that hold more than a program has."""
     _use(monkeypatch, 1, by)
-    for rows, k in ((2, 256), (8, 1280), (9, 768)):
-        _check_normed(make_inputs(rows, n, k, dtype, weight_dtype, bias=True, swiglu=swiglu, fp32_out=True))
+    _check_normed(make_inputs(rows, n, k, dtype, weight_dtype, bias=True, swiglu=swiglu, fp32_out=True))
 
 
 @pytest.mark.usefixtures("hopper")
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(data=st.data())
 def test_any_size_and_any_cut(data: st.DataObject) -> None:
-    dtype, weight_dtype = data.draw(st.sampled_from(_TAKEN), "dtypes")
+    dtypes: list[Any] = [param.values for param in TAKEN]
+    dtype, weight_dtype = data.draw(st.sampled_from(dtypes), "dtypes")
     flags = {name: data.draw(st.booleans(), name) for name in ("bias", "swiglu", "fp32_out")}
     n = data.draw(st.integers(32 if flags["swiglu"] else 64, 400), "n")
     k = data.draw(st.integers(1, 5), "steps") * (256 if weight_dtype == FP8 else 128)
@@ -241,7 +251,7 @@ def test_any_size_and_any_cut(data: st.DataObject) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("dtype", "weight_dtype"), _TAKEN, ids=["fp16", "bf16", "bf16-fp8"])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), TAKEN)
 def test_layers_whose_norm_goes_before(
     dtype: torch.dtype, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
