@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastdms.config import ModelConfig
-from fastdms.ops.int4 import GROUPS, INT4, PER_WORD, dequantise_int4
+from fastdms.ops import dequantise
+from fastdms.ops.int4 import GROUPS, INT4, PER_WORD
 
 __all__ = ["PARTS", "Linear", "LinearMaker", "empty", "int4_group"]
 
@@ -35,10 +36,7 @@ class Linear(nn.Module):
         """The weight in the compute dtype, rounded to it once; of fp8 and int4 a copy that is the caller's."""
         if self.scale is None:
             return self.weight
-        if self.weight.dtype == INT4:
-            return dequantise_int4(self.weight, self.scale, dtype)
-        # The product is fp32, whatever the dtype of its left side.
-        return self.weight.to(dtype).mul_(self.scale[:, None])
+        return dequantise(self.weight, self.scale, dtype)
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -4,6 +4,7 @@ from fastdms.ops.decode_append import decode_append
 from fastdms.ops.decode_attention import decode_attention
 from fastdms.ops.decode_linear import MOST_ROWS, decode_linear
 from fastdms.ops.dense_attention import dense_attention, dense_kernel
+from fastdms.ops.dequantise import dequantise
 from fastdms.ops.prefill_append import prefill_append
 from fastdms.ops.prefill_attention import prefill_attention
 from fastdms.ops.prefill_rope import prefill_rope
@@ -24,6 +25,7 @@ __all__ = [
     "decode_linear",
     "dense_attention",
     "dense_kernel",
+    "dequantise",
     "prefill_append",
     "prefill_attention",
     "prefill_rope",

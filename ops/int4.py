@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["GROUPS", "INT4", "PER_WORD", "dequantise_int4", "pack_int4", "quantise_int4"]
+from fastdms.ops.span_cache import check
+
+__all__ = ["GROUPS", "INT4", "PER_WORD", "check_int4_scale", "dequantise_int4", "pack_int4", "quantise_int4"]
 
 INT4 = torch.int32  # the dtype of what is packed, which also stands for int4 where a dtype says how weights are stored
 GROUPS = (128, 64, 32)
 PER_WORD = 8
+_SCALES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = -8.0
 
 
@@ -31,6 +34,17 @@ def dequantise_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
     groups = q.view(*scale.shape, -1).to(torch.promote_types(dtype, scale.dtype))
     weight: torch.Tensor = (groups * scale[..., None]).to(dtype).flatten(1)
     return weight
+
+
+def check_int4_scale(scale: torch.Tensor, rows: int, columns: int) -> None:
+    """Raise ValueError unless ``scale`` goes with as many int4 weights."""
+    shapes = [(rows, columns // group) for group in GROUPS if columns % group == 0]
+    check(bool(shapes), f"int4 weights come in groups of 128, 64 or 32 of a row, and a row has {columns}")
+    check(
+        scale.dtype in _SCALES and scale.shape in shapes and scale.is_contiguous(),
+        f"scale of int4 weights must be contiguous fp32, fp16 or bf16 of one of the shapes {shapes} (groups of "
+        f"128, 64 or 32), got {scale.dtype} {tuple(scale.shape)}",
+    )
 
 
 def quantise_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdms.ops.int4 import GROUPS, INT4, PER_WORD
+from fastdms.ops.int4 import INT4, PER_WORD, check_int4_scale
 from fastdms.ops.registry import register
 from fastdms.ops.span_cache import check
 
@@ -55,13 +55,7 @@ def _check_weight(weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Ten
     )
     if dtype == INT4:
         assert scale is not None
-        shapes = [(weight.shape[0], columns // group) for group in GROUPS if columns % group == 0]
-        check(bool(shapes), f"int4 weights come in groups of 128, 64 or 32 of a row, and x has {columns} columns")
-        check(
-            scale.dtype in _DTYPES and scale.shape in shapes and scale.is_contiguous(),
-            f"scale of int4 weights must be contiguous fp32, fp16 or bf16 of one of the shapes {shapes} (groups of "
-            f"128, 64 or 32), got {scale.dtype} {tuple(scale.shape)}",
-        )
+        check_int4_scale(scale, weight.shape[0], columns)
     else:
         _check_part("scale", scale, (weight.shape[0],), torch.float32)
 

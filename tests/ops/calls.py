@@ -12,6 +12,7 @@ from tests.ops.harness import GuardedCache, split_heads
 from tests.ops.rig import Rig
 
 _KV_HEADS, _GROUP, _DIM, _TOKENS = 2, 3, 16, 9  # tokens that each row of the cache holds already
+_WITHOUT_CACHE = ("decode_linear", "dense_attention", "dequantise", "prefill_rope", "sample", "soft_attention")
 
 
 class Call:
@@ -63,6 +64,10 @@ class Call:
             "prefill_attention": {"q": q, "k": k, "v": v, "decisions": flags, **chunk},
             "dense_attention": {"q": q, "k": k, "v": v, **history},
             "soft_attention": {"q": soft_q, "k": soft_k, "v": soft_v, "log_keep": -normal(2, _KV_HEADS, size).abs()},
+            "dequantise": {
+                "weight": torch.randint(-(2**31), 2**31, (size, 12), generator=generator).int().to(device),
+                "scale": normal(size, 3),
+            },
             "release": {"rows": rows},
             "sample": {
                 "logits": normal(size, 50), "temperature": normal(size).abs(), "top_p": normal(size).sigmoid(),
@@ -87,10 +92,12 @@ class Call:
             names = ("page_table", "live_len", "free_pages", "num_free", "starved")
             return function(**inputs, **dict(zip(names, state, strict=True)), page_size=4)
         options: dict[str, Any] = {}
-        if self.op not in ("decode_linear", "dense_attention", "prefill_rope", "sample", "soft_attention"):
+        if self.op not in _WITHOUT_CACHE:
             options["cache"] = SpanCache(*state)
         if self.op == "dense_attention":
             options["start"] = _TOKENS
+        if self.op == "dequantise":
+            options["dtype"] = torch.float16
         if self.op == "decode_linear":
             options |= {"norm_eps": 1e-5, "swiglu": True}
         if self.op == "soft_attention":

@@ -23,6 +23,7 @@ OPS = (
     "decode_attention",
     "decode_linear",
     "dense_attention",
+    "dequantise",
     "prefill_append",
     "prefill_attention",
     "prefill_rope",

@@ -70,16 +70,19 @@ def run_linear(backend: str, inputs: dict[str, Any], gaps: bool = False) -> torc
         return decode_linear(**placed).cpu()
 
 
+def exact_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """An fp8 or int4 weight multiplied by its scale, fp64."""
+    if weight.dtype != INT4:
+        return weight.double() * scale[:, None]
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+    q = (weight[..., None] >> shifts & 15).double() - 8  # [N, K / 8, 8]
+    return (q.view(*scale.shape, -1) * scale[..., None]).flatten(1)
+
+
 def _whole(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same with the weight multiplied by its scale."""
     weight, scale = inputs["weight"], inputs["scale"]
-    if scale is None:
-        return inputs
-    if weight.dtype != INT4:
-        return inputs | {"weight": weight.double() * scale[:, None], "scale": None}
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-    q = (weight[..., None] >> shifts & 15).double() - 8  # [N, K / 8, 8]
-    return inputs | {"weight": (q.view(*scale.shape, -1) * scale[..., None]).flatten(1), "scale": None}
+    return inputs if scale is None else inputs | {"weight": exact_weight(weight, scale), "scale": None}
 
 
 def define_linear(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -63,7 +63,7 @@ def test_zeros_and_the_smallest_stay() -> None:
     ("columns", "weight", "message"),
     [(64, torch.zeros(6, 8, dtype=torch.int64), "weight must be .* int4 in int32, got torch.int64"),
      (64, torch.zeros(6, 32, dtype=torch.uint8), "weight must be .* int4 in int32, got torch.uint8"),
-     (40, torch.zeros(6, 5, dtype=torch.int32), "groups of 128, 64 or 32 of a row, and x has 40 columns")],
+     (40, torch.zeros(6, 5, dtype=torch.int32), "groups of 128, 64 or 32 of a row, and a row has 40")],
 )  # fmt: skip
 def test_what_is_wrong_with_a_weight_is_named(columns: int, weight: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):

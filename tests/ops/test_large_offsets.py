@@ -1,4 +1,4 @@
-"""Offsets beyond 32 bits: the far end of a pool, and chunks of more than 2^31 elements, behave like small ones."""
+"""Offsets beyond 32 bits: the far end of a pool, and more than 2^31 elements of anything, behave like little does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdms.ops import decode_append, decode_attention, prefill_append, prefill_attention, prefill_rope
+from fastdms.ops import decode_append, decode_attention, dequantise, prefill_append, prefill_attention, prefill_rope
 from tests.ops.harness import DEVICE, GuardedCache, make_cache, split_heads
 from tests.ops.rig import FLAG_HALF
 
@@ -96,3 +96,21 @@ def test_a_chunk_of_more_than_two_to_the_31_elements() -> None:
         del q, k, v, out, cache
     for mine, other in zip(*outputs, strict=True):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["fp8", "int4"])
+def test_a_weight_of_more_than_two_to_the_31_elements(packed: bool) -> None:
+    """Its first and last rows come out as they do alone."""
+    columns, some = 4096, 100
+    rows = 2**31 // columns + some
+    if packed:
+        weight = torch.randint(-(2**31), 2**31, (rows, columns // 8), dtype=torch.int32, device=DEVICE)
+        scale = torch.randn(rows, columns // 128, device=DEVICE).bfloat16()
+    else:
+        weight = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+        scale = torch.randn(rows, device=DEVICE)
+    out = dequantise(weight, scale, torch.bfloat16)
+    for part in (slice(some), slice(rows - some, rows)):
+        alone = dequantise(weight[part].clone(), scale[part].clone(), torch.bfloat16)
+        assert alone.any()
+        assert torch.equal(out[part], alone)
