@@ -59,7 +59,8 @@ def test_the_kernels_are_right_on_some_hundred_cases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "cases"), [("decode_linear", 40), ("dense_attention", 15), ("sample", 10), ("soft_attention", 12)]
+    ("op", "cases"),
+    [("decode_linear", 40), ("dense_attention", 15), ("dequantise", 10), ("sample", 10), ("soft_attention", 12)],
 )
 def test_the_ops_without_a_cache_are_right(op: str, cases: int) -> None:
     outcome = _fuzz(op, cases=cases)
@@ -79,7 +80,7 @@ def compiled_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("compiled_settings")
 def test_a_reference_in_the_kernels_place_is_right_in_every_setting() -> None:
-    for chosen, cases in ((CACHE_OPS, 8000), (SINGLE_OPS, 150)):
+    for chosen, cases in ((CACHE_OPS, 8000), (SINGLE_OPS, 300)):
         outcome = _fuzz(*chosen, cases=cases, seed=1)
         assert not outcome.wrong
         assert set(outcome.tally.cases) == set(chosen)

@@ -6,8 +6,9 @@ most of the time goes to the references, on the CPU.
 A case is one span (row and KV head) of one op call, compared with the reference: integer state exactly, stored keys and
 values exactly or within one rounding, outputs within twice the reference's own error against fp64 plus one rounding.
 For sample and decode_linear a case is a row, for dense_attention a KV head, for soft_attention a (batch entry, KV
-head), forward and backward apart. An invalid call is a case too: it must raise ValueError and change nothing. Free
-slots are NaN, every buffer lies between guard elements, pools run dry in the middle of a chunk.
+head), forward and backward apart, for dequantise a whole call, which must be exact. An invalid call is a case too: it
+must raise ValueError and change nothing. Free slots are NaN, every buffer lies between guard elements, pools run dry in
+the middle of a chunk.
 
 Without a GPU the kernels run in Triton's interpreter, in fp32 and fp16, for it rounds bf16 and fp8 wrongly.
 """

@@ -17,8 +17,8 @@ from fastdms.tools.fuzz.budget import WrongAnswer, in_precision
 __all__ = ["OPS", "Call", "Evaluated", "Placed", "evaluate", "guarded", "kernels", "same_bytes", "views"]
 
 OPS = (
-    "decode_append", "decode_attention", "decode_linear", "dense_attention", "prefill_append", "prefill_attention",
-    "prefill_rope", "release", "sample", "soft_attention",
+    "decode_append", "decode_attention", "decode_linear", "dense_attention", "dequantise", "prefill_append",
+    "prefill_attention", "prefill_rope", "release", "sample", "soft_attention",
 )  # fmt: skip
 GUARD = 64  # elements on either side of a buffer, which also keeps it aligned
 GUARD_BYTE = 0xFF  # NaN in every floating dtype, -1 in the others: a far out index, and no padding

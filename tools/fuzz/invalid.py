@@ -99,6 +99,13 @@ _INPUTS: dict[str, dict[str, dict[str, Change]]] = {
         **{name: _TOKENS[name] for name in ("q", "k", "v")},
         **{name: {key: _PAGES[key] for key in ("fp64", "one page less", "strided")} for name in ("k_history",)},
     },
+    "dequantise": {
+        "weight": {
+            "none": lambda x: x[:0], "16 bits": lambda x: x.to(torch.int16),
+            "one dimension less": lambda x: x.flatten(), "strided": lambda x: torch.cat((x, x), 1)[:, ::2],
+        },
+        "scale": {"fp64": lambda x: x.double(), "one dimension more": lambda x: x.unsqueeze(0), **_LONGER},
+    },
     "release": {"rows": _INTS},
     "sample": {
         "logits": {"fp64": lambda x: x.double(), "one dimension less": lambda x: x.flatten()},
@@ -117,6 +124,7 @@ _INPUTS: dict[str, dict[str, dict[str, Change]]] = {
 _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "decode_append": {**_SHIFTS, **_ZERO_MODES},
     "dense_attention": {"start": (-1, 2**31, 2**62)},
+    "dequantise": {"dtype": (torch.float64, torch.int32, torch.float8_e4m3fn)},
     "prefill_rope": _ZERO_MODES,
     "prefill_append": _SHIFTS,
     "prefill_attention": _SHIFTS,

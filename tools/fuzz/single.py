@@ -1,4 +1,4 @@
-"""Ops without a cache, one call at a time: decode_linear, dense_attention, sample and soft_attention."""
+"""Ops without a cache, one call at a time: decode_linear, dequantise, dense_attention, sample and soft_attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastdms.tools.fuzz.tally import Tally
 
 __all__ = ["SINGLE_OPS", "run_single"]
 
-SINGLE_OPS = ("decode_linear", "dense_attention", "sample", "soft_attention")
+SINGLE_OPS = ("decode_linear", "dense_attention", "dequantise", "sample", "soft_attention")
 _INVALID_CALLS = 0.15
 _MOST_CHANNELS = 2000  # the reference multiplies in fp64, on the CPU
 _MANY_CHANNELS = (8000, 9000)  # around what fills every multiprocessor of a Hopper card
@@ -34,7 +34,10 @@ _COUNTS = np.array([0, 0, 0, 1, 5, MOST_COUNTED, -1, -MOST_COUNTED - 1], np.int1
 
 def run_single(op: str, setting: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
     """One call of ``op`` and perhaps an invalid one before it; WrongAnswer if it is wrong."""
-    runs = {"decode_linear": _linear, "dense_attention": _dense, "sample": _sample, "soft_attention": _soft}
+    runs = {
+        "decode_linear": _linear, "dense_attention": _dense, "dequantise": _dequantise, "sample": _sample,
+        "soft_attention": _soft,
+    }  # fmt: skip
     runs[op](setting, rng, device, tally)
 
 
@@ -59,12 +62,10 @@ def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
         depth = -(-depth // group) * group
     exact = numbers(rng, (channels, depth), torch.float32) / depth**0.5
     if group:
-        weight, scale = quantise_int4(exact, group)
-        scale = scale.to((torch.bfloat16, torch.float16, torch.float32)[int(rng.integers(3))])
+        weight, scale = _as_int4(exact, group, rng)
         exact = dequantise_int4(weight, scale, torch.float32)
     elif s.kv_dtype == torch.float8_e4m3fn:
-        scale = exact.abs().amax(1).clamp_min(1e-6) / torch.finfo(s.kv_dtype).max
-        weight = (exact / scale[:, None]).to(s.kv_dtype)
+        weight, scale = _as_fp8(exact)
     else:
         weight, scale = exact.to(dtype), None
 
@@ -92,6 +93,35 @@ def _linear(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
     budget = Budget(terms=terms, scale=float(sizes.max()) if rows else 0.0)
     budget.check(op, "output", out, expected.plain[0], expected.truth[0], torch.ones(rows, dtype=torch.bool))
     tally.count(op, rows)
+
+
+def _as_int4(exact: torch.Tensor, group: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, scale = quantise_int4(exact, group)
+    return weight, scale.to((torch.bfloat16, torch.float16, torch.float32)[int(rng.integers(3))])
+
+
+def _as_fp8(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float8_e4m3fn
+    scale = exact.abs().amax(1).clamp_min(1e-6) / torch.finfo(dtype).max
+    return (exact / scale[:, None]).to(dtype), scale
+
+
+def _dequantise(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
+    op, width = "dequantise", min(s.num_heads * s.head_dim, _MOST_CHANNELS)
+    rows, depth = (pick(rng, 1, s.head_dim, width, int(rng.integers(1, 600))) for _ in range(2))
+    group = pick(rng, 0, *GROUPS)  # 0: fp8
+    if group:
+        depth = -(-depth // group) * group
+    exact = numbers(rng, (rows, depth), torch.float32) * 10.0 ** float(rng.integers(-6, 3))
+    weight, scale = _as_int4(exact, group, rng) if group else _as_fp8(exact)
+    call = Call(op=op, inputs={"weight": weight, "scale": scale}, options={"dtype": s.dtype})
+    _reject(call, rng, device, tally)
+    (out,), _ = call.run_kernel(device)
+    (expected,) = call.run(call.inputs, None)
+    if not same_bytes(out, expected):
+        error = (out.double() - expected.double()).abs()
+        raise WrongAnswer(op, f"{int((error != 0).sum())} of {error.numel()} weights differ", float(error.max()))
+    tally.count(op, 1)
 
 
 def _dense(s: Setting, rng: np.random.Generator, device: torch.device, tally: Tally) -> None:
