@@ -272,4 +272,6 @@ class Decoder(nn.Module):
         return cast(Iterable[DecoderLayer], self.layers)
 
     def _logits(self, x: torch.Tensor, *, decoding: bool) -> torch.Tensor:
+        # A chunk wants logits of few tokens: a copy of a head in fewer bits would take longer than the product with it.
+        decoding = decoding or self.lm_head.scale is not None
         return _apply(x, self.lm_head, decoding=decoding, norm=self.norm, eps=self.config.rms_norm_eps, fp32_out=True)
