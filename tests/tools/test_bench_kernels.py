@@ -31,6 +31,7 @@ SPEC = Spec(
     op="decode_attention", head_dim=16, kv_heads=2, group=3, kv_dtype="fp8", page_size=4, window_tokens=7, rows=3,
     live=30, length=50, kept=0.4,
 )  # fmt: skip
+STORED = {"dequantise": "int4"}  # in what weights are stored, where not in bf16
 SMALL = [
     "kernels", "--device", "cpu", "--rows", "2", "--live", "20", "--length", "40", "--head-dim", "16", "--kv-heads",
     "2", "--group", "2", "--window", "7", "--page-size", "4", "--repeats", "2",
@@ -142,7 +143,7 @@ def test_time_is_that_of_the_launches_alone() -> None:
 def test_a_kernel_that_is_wrong_is_not_timed(
     op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_op(replace(SPEC, op=op), CPU)
+    check_op(replace(SPEC, op=op, weights=STORED.get(op, "bf16")), CPU)
     last = LAST_OF.get(op, op)
     right, calls = getattr(ops, last), []
 
@@ -180,7 +181,7 @@ def test_the_kernels_themselves_pass_the_check(op: str, monkeypatch: pytest.Monk
     for module in (cases, linears, prompts, spec):
         monkeypatch.setattr(module, "DTYPE", torch.float32)
     monkeypatch.setattr(ops, last, either)
-    check_op(replace(SPEC, op=op, kv_dtype="fp32", page_size=16), DEVICE)
+    check_op(replace(SPEC, op=op, kv_dtype="fp32", page_size=16, weights=STORED.get(op, "bf16")), DEVICE)
     assert not list(backends), "both have run"
 
 
@@ -220,7 +221,7 @@ def test_every_op_is_a_row_of_the_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(table.splitlines()) == 1 + len(rows)
     assert {row["op"] for row in rows} == set(OPS)
     assert all((row["own_dense"] is not None) == (row["op"] == "decode_attention") for row in rows)
-    assert len(rows) == 2 * 3 + 2 * 3 + 1 + 2 + 2 * 3 + 2 + 3 + 1 + 1
+    assert len(rows) == 2 * 3 + 2 * 3 + 2 * 2 + 1 + 2 + 2 * 3 + 2 + 3 + 1 + 1
     for row, line in zip(rows, table.splitlines()[1:], strict=True):
         assert line.startswith(row["op"])
         assert row["us"]["p20"] <= row["us"]["p50"] <= row["us"]["p80"]
@@ -299,6 +300,7 @@ def test_each_op_varies_only_what_it_depends_on() -> None:
         "decode_append": 2 * 2 * 2 * 2,
         "decode_layer": 2 * 2 * 2 * 2 * 3 * 2,
         "decode_linear": 10 * 3 * 2,
+        "dequantise": 10 * 2,
         "prefill_append": 2 * 2 * 3 * 2,
         "release": 2 * 2 * 3,
         "dense_attention": 2 * 3,

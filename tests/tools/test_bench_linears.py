@@ -1,8 +1,9 @@
-"""``fastdms bench kernels --ops decode_linear``: the bytes that it counts, and the layers of published shapes."""
+"""``fastdms bench kernels --ops decode_linear dequantise``: the bytes that it counts, layers of published shapes."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ def test_layers_count_their_bytes(weights: str) -> None:
         assert case.num_bytes == out.nbytes + sum(x.nbytes for x in case.sets[0].values())
 
 
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_weights_alone_count_their_bytes(weights: str) -> None:
+    for layer in ("qkv", "o", "gate_up", "down", "lm_head"):
+        linear = build(_spec(f"tiny.{layer}", weights), CPU, num_sets=1).sets[0]
+        case = build(replace(_spec(f"tiny.{layer}", weights), op="dequantise"), CPU, num_sets=1)
+        assert {name: x.shape for name, x in case.sets[0].items()} == {n: linear[n].shape for n in ("weight", "scale")}
+        out = launch(case.spec, case.sets[0], None, 0)
+        assert float(out.float().std()) == pytest.approx(out.shape[1] ** -0.5, rel=0.1)
+        assert case.num_bytes == out.nbytes + sum(x.nbytes for x in case.sets[0].values())
+
+
 def test_sizes_are_those_of_the_models() -> None:
     assert _size(_spec("llama-3.2-1b.qkv")) == (3072, 2048)
     assert _size(_spec("llama-3.2-1b.gate_up")) == (8192, 2048)
@@ -68,6 +80,11 @@ def test_layers_are_timed_beside_the_product_alone(capsys: pytest.CaptureFixture
         ("tiny.down", weights, count) for weights in ("bf16", "fp8", "int4") for count in (1, 16)
     ]
     assert [list(row["peers"]) for row in rows] == [["product alone"]] * 2 + [[]] * 4
+
+
+def test_weights_that_need_no_copy_are_refused_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--device", "cpu", "--ops", "dequantise", "--weights", "bf16"]) == 2
+    assert "--ops dequantise takes --weights fp8 or int4, got bf16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--linear", "tiny.up"), ("--weights", "int8")])

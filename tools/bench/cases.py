@@ -11,7 +11,7 @@ import torch
 from fastdms import ops
 from fastdms.cache import CompactCache
 from fastdms.ops import KV_DTYPES
-from fastdms.tools.bench.linears import build_linear, linear_options
+from fastdms.tools.bench.linears import build_dequantise, build_linear, linear_options
 from fastdms.tools.bench.prompts import build_prompt
 from fastdms.tools.bench.spans import filled_cache, span_lengths
 from fastdms.tools.bench.spec import DTYPE, Case, Spec
@@ -39,6 +39,8 @@ def build(spec: Spec, device: torch.device, *, num_sets: int | None = None, seed
         return builders[spec.op](spec, device, num_sets, normal, seed)
     if spec.op == "decode_linear":
         return build_linear(spec, device, num_sets, normal)
+    if spec.op == "dequantise":
+        return build_dequantise(spec, device, num_sets, normal)
     return build_prompt(spec, device, num_sets, generator)
 
 
@@ -62,6 +64,8 @@ def launch(spec: Spec, tensors: dict[str, torch.Tensor], cache: CompactCache | N
         options |= {"decision": _NEVER, "zero_borrowed": "none"}
     if spec.op == "decode_linear":
         options |= linear_options(spec)
+    if spec.op == "dequantise":
+        options["dtype"] = DTYPE
     if spec.op == "dense_attention":
         options["start"] = spec.start
     if spec.op == "soft_attention":

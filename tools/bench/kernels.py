@@ -34,6 +34,7 @@ _MOST_CPU_TOKENS = 4096  # the references write the whole mask out
 _DEPENDS_ON = {
     "decode_attention": ("head_dim", "kv_dtype", "rows", "live", "spans", "kept"),  # kept: for the own dense run alone
     "decode_linear": ("linear", "weights", "rows"),
+    "dequantise": ("linear", "weights"),
     "decode_append": ("head_dim", "kv_dtype", "rows", "kept"),
     "decode_layer": ("head_dim", "kv_dtype", "rows", "live", "spans", "kept"),  # append, then attention
     "release": ("rows", "live", "spans"),
@@ -92,6 +93,8 @@ def specs(settings: KernelSettings) -> list[Spec]:
 def _values(settings: KernelSettings, op: str, name: str) -> tuple[Any, ...]:
     if name == "kept" and settings.kept is None:
         return (1.0,) if op == "decode_attention" else KEPT
+    if name == "weights" and op == "dequantise":
+        return tuple(weights for weights in settings.weights if weights != "bf16")
     values: tuple[Any, ...] = getattr(settings, _PLURALS.get(name, name))
     return values
 

@@ -1,4 +1,4 @@
-"""Inputs of decode_linear: layers of published shapes, each with the norm, SwiGLU or residual that goes with it."""
+"""Inputs of decode_linear and dequantise: layers of published shapes, each with its norm, SwiGLU or residual."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdms.tools.bench.spec import DTYPE, Case, Spec
 from fastdms.tools.bench.timing import cold_sets
 from fastdms.tools.shapes import SHAPES
 
-__all__ = ["build_linear", "linear_options", "shortened"]
+__all__ = ["build_dequantise", "build_linear", "linear_options", "shortened"]
 
 
 _MOST_CHECKED = 2**14
@@ -23,23 +23,23 @@ def build_linear(spec: Spec, device: torch.device, num_sets: int | None, normal:
     """Weights such that rows of unit spread give rows of unit spread."""
     layer = spec.linear.rpartition(".")[2]
     outputs, depth = _size(spec)
-    channels = 2 * outputs if layer == "gate_up" else outputs
-    group = min(depth, GROUPS[0])
-    stored = {"bf16": DTYPE.itemsize * depth, "fp8": depth + 4, "int4": depth // 2 + 2 * depth // group}  # with scales
-    num_bytes = channels * stored[spec.weights]
+    num_bytes = _weight_bytes(spec)
     num_bytes += spec.rows * (depth * DTYPE.itemsize + outputs * (4 if layer == "lm_head" else DTYPE.itemsize))
     num_bytes += DTYPE.itemsize * (spec.rows * outputs if _adds(layer) else depth)  # residual or norm
     sets = []
     for _ in range(num_sets or cold_sets(num_bytes, device)):
-        weight = normal(channels, depth) / depth**0.5
-        one = {"x": normal(spec.rows, depth), "weight": weight}
-        if spec.weights == "fp8":
-            scale = weight.float().abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
-            one |= {"weight": (weight / scale[:, None]).to(torch.float8_e4m3fn), "scale": scale}
-        elif spec.weights == "int4":
-            one["weight"], one["scale"] = quantise_int4(weight, group)
+        one = {"x": normal(spec.rows, depth), **_weight(spec, normal)}
         one |= {"residual": normal(spec.rows, outputs)} if _adds(layer) else {"norm": normal(depth)}
         sets.append(one)
+    return Case(spec=spec, sets=sets, cache=None, num_bytes=num_bytes)
+
+
+def build_dequantise(
+    spec: Spec, device: torch.device, num_sets: int | None, normal: Callable[..., torch.Tensor]
+) -> Case:
+    """The same weights alone, in fp8 or int4."""
+    num_bytes = _weight_bytes(spec) + _weight_bytes(replace(spec, weights="bf16"))
+    sets = [_weight(spec, normal) for _ in range(num_sets or cold_sets(num_bytes, device))]
     return Case(spec=spec, sets=sets, cache=None, num_bytes=num_bytes)
 
 
@@ -67,6 +67,30 @@ def _size(spec: Spec) -> tuple[int, int]:
         "lm_head": (c.vocab_size, c.hidden_size),
     }[layer]
     return min(outputs, spec.most_outputs or outputs), depth
+
+
+def _channels(spec: Spec) -> int:
+    """Rows of the weight, of gate and up together."""
+    return _size(spec)[0] * (2 if spec.linear.endswith(".gate_up") else 1)
+
+
+def _weight_bytes(spec: Spec) -> int:
+    """With scales."""
+    depth = _size(spec)[1]
+    stored = {"bf16": DTYPE.itemsize * depth, "fp8": depth + 4, "int4": depth // 2 + 2 * depth // min(depth, GROUPS[0])}
+    return _channels(spec) * stored[spec.weights]
+
+
+def _weight(spec: Spec, normal: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    depth = _size(spec)[1]
+    weight = normal(_channels(spec), depth) / depth**0.5
+    if spec.weights == "int4":
+        words, scale = quantise_int4(weight, min(depth, GROUPS[0]))
+        return {"weight": words, "scale": scale}
+    if spec.weights == "fp8":
+        scale = weight.float().abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+        return {"weight": (weight / scale[:, None]).to(torch.float8_e4m3fn), "scale": scale}
+    return {"weight": weight}
 
 
 def _adds(layer: str) -> bool:

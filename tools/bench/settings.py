@@ -26,6 +26,7 @@ COPY_TB_S = 3.0  # what a device copy moves on an NVIDIA H100 80GB HBM3, in 10^1
 OPS = (
     "decode_attention",
     "decode_linear",
+    "dequantise",
     "prefill_attention",
     "decode_append",
     "decode_layer",
@@ -152,6 +153,8 @@ class KernelSettings:
             for value in values:
                 if value not in allowed:
                     raise ValueError(f"--{name} must be of {', '.join(allowed)}, got {value!r}")
+        if set(self.ops) == {"dequantise"} and set(self.weights) == {"bf16"}:
+            raise ValueError("--ops dequantise takes --weights fp8 or int4, got bf16")
         _at_least(self, {"kv_heads": 1, "group": 1, "window_tokens": 0, "page_size": 1, "repeats": 1})
         _each_at_least(self, {"rows": 1, "live": 1, "lengths": 1, "chunks": 0, "head_dims": 2})
         if odd := [size for size in self.head_dims if size % 2]:

@@ -20,7 +20,7 @@ DTYPE = torch.bfloat16  # of q, k, v and the output, and of a layer's rows
 class Spec:
     """One case; which of the fields an op depends on is for ``kernels`` to know.
 
-    chunk: tokens of the prompt that are timed, its last ones; 0: all of it. linear: shape and layer of decode_linear.
+    chunk: tokens of the prompt that are timed, its last ones; 0: all of it. linear: shape and layer of a weight.
     most_outputs: of that layer; None: all.
     """
 
