@@ -19,6 +19,7 @@ from fastdms.config import DMSConfig
 from fastdms.decoder import Decoder, Linear
 from fastdms.ops.int4 import INT4
 from fastdms.weights import load_weights
+from tests.int4_folder import int4_model
 from tests.models import Layout, dms_config, save_checkpoint, tiny_model, tiny_tokens
 from tests.running import compiled, engine_of, one
 
@@ -190,6 +191,23 @@ def test_fp8_weights_are_rounded_once() -> None:
     assert linear.scale is not None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert linear.dequantised(dtype).equal((linear.weight.float() * linear.scale[:, None]).to(dtype))
+
+
+@pytest.mark.parametrize("stored", ["fp8", "int4"])
+def test_a_chunk_copies_the_weights_of_its_layers_alone(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head, which few rows are multiplied by, stays as it is."""
+    made: list[Linear] = []
+    dequantised = Linear.dequantised
+
+    def spied(linear: Linear, dtype: torch.dtype) -> Tensor:
+        made.append(linear)
+        return dequantised(linear, dtype)
+
+    with compiled(int4_model("qwen3"), weights=stored) as model:
+        monkeypatch.setattr(Linear, "dequantised", spied)
+        model.score(tiny_tokens(9), prompt_len=8)
+        layers = [m for m in engine_of(model).runner.decoder.layers.modules() if isinstance(m, Linear)]
+    assert made == layers
 
 
 class LargestTensor(TorchDispatchMode):
