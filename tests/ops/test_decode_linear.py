@@ -254,7 +254,7 @@ def test_bad_input_is_named() -> None:
         ({"weight": fp8, "scale": scale[:5]}, "scale"),
         ({"weight": fp8, "scale": scale.half()}, "scale"),
         ({"weight": torch.zeros(6, 1, dtype=torch.int32)}, "scale"),
-        ({"weight": torch.zeros(6, 1, dtype=torch.int32), "scale": torch.ones(6, 1)}, "x has 8 columns"),
+        ({"weight": torch.zeros(6, 1, dtype=torch.int32), "scale": torch.ones(6, 1)}, "a row has 8"),
         ({"weight": weight.int()}, r"\[N, 8 / 8\]"),
         ({"bias": scale[:5]}, "bias"),
         ({"bias": scale.half()}, "bias"),

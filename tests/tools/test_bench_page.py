@@ -21,7 +21,7 @@ def _row(rows: int, **other: Any) -> dict[str, Any]:
     launches, now = [], 0.0
     for _ in range(3):
         now += 5
-        for name in ("embed", *LAYER, *LAYER, "head", "_sample_kernel"):
+        for name in ("embed", *LAYER, *LAYER, "head", "_draw_kernel"):
             launches.append(Launch(name, max(now - 2, 0.0), now + 8))
             now += 8
     return {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
+from fastdms.tools.bench import timeline
 from fastdms.tools.bench.timeline import Launch, layers_of, median_step
 
-APPEND, ATTEND, SAMPLE = "_decode_append_kernel", "_decode_attention_kernel", "_sample_kernel"
+APPEND, ATTEND, SAMPLE = "_decode_append_kernel", "_decode_attention_kernel", "_draw_kernel"
 
 
 def _steps(*lengths: float) -> list[Launch]:
@@ -89,3 +92,10 @@ def test_one_layer_and_none() -> None:
     assert layers_of(["embed", "qkv", APPEND, ATTEND, SAMPLE]) == ["head", "head", 0, 0, 0]
     assert layers_of(["a", SAMPLE]) == ["head", "head"]
     assert layers_of([]) == []
+
+
+def test_what_it_looks_for_are_the_kernels_and_the_ops() -> None:
+    """By name, as a recording has them."""
+    for op, (kernel, operation) in {"decode_append": timeline._APPENDS, "sample": timeline._ENDS_STEP}.items():
+        assert getattr(importlib.import_module(f"fastdms.ops.{op}.kernel"), kernel) is not None
+        assert operation == f"fastdms::{op}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Launch", "layers_of", "median_step"]
 
-_ENDS_STEP = ("_sample_kernel", "fastdms::sample")
+_ENDS_STEP = ("_draw_kernel", "fastdms::sample")
 _APPENDS = ("_decode_append_kernel", "fastdms::decode_append")
 
 
