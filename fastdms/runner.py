@@ -100,8 +100,8 @@ class ModelRunner:
     A row's first tokens may be prefilled densely, by attention that forgets nothing: as many as ``config.dense_tokens``
     says. Until they are all there, or the row is released, their keys and values are held whole beside the cache.
 
-    prefill_chunk: the most tokens of a chunk; those prefilled under the DMS mask are captured beside the decode steps,
-        up to some thousand tokens of a few rows. 0: none are.
+    prefill_chunk: the most tokens of a chunk that is not dense; such are captured beside the decode steps, up to some
+        thousand tokens of a few rows. 0: none are.
     debug: check before each replay that weights and state lie where they did at capture.
     """
 

@@ -67,10 +67,10 @@ def compile(
     max_concurrency: rows of the cache: requests that run at once, in [1, 256].
     max_context: tokens of one request, prompt and answer; None: the model's ``max_position_embeddings``.
     kv_memory: for the whole cache with its metadata: bytes (int), or a share of the free memory (float); None: what
-        all rows could need at most, if that is within 85 % of the free memory (CPU: half). A dense prefill (without
-        eviction, or by its rule) holds one prompt's keys and values besides (``score`` another one's), for which None
-        and a share leave room.
-    prefill_chunk: prompt tokens per prefill step, eight of which may go before a decode step; changes rounding alone.
+        all rows could need, up to 85 % of the free memory (CPU: half). A dense prefill (without eviction, or by its
+        rule) holds a prompt's keys and values besides (``score`` another one's): None and a share leave room for it.
+    prefill_chunk: prompt tokens per prefill step, eight of which may go before a decode step (if dense as one, of 8,192
+        tokens at most); it changes rounding and what memory a step takes.
     mode: ``"graphs"`` (one CUDA graph per decode bucket, and some for prefill chunks), ``"compile"`` (torch.compile
         alone) or ``"eager"``; None: graphs on CUDA, eager on CPU.
 
