@@ -15,7 +15,7 @@ from fastdms.request import Request
 from fastdms.runner import ModelRunner, PrefillPiece
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_tokens
-from tests.running import check_idle, compiled, drain, engine_of, lone_runs, one, submit
+from tests.running import Watch, check_idle, compiled, drain, engine_of, lone_runs, one, submit
 
 MASKED = dms_config("nvidia", 7)
 assert MASKED is not None
@@ -97,6 +97,31 @@ def test_pages_that_run_out_among_them(
         return
     with compiled(weights, dms=keeps_all, max_concurrency=1) as model:
         assert [request.output_ids for request in requests] == [one(model(p, GREEDY)).token_ids for p in prompts]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("rule", ["off", replace(MASKED, prefill="dense", alpha_offset=1e6)], ids=["off", "dense"])
+def test_dense_chunks_that_find_no_page_or_are_cancelled_halfway(
+    weights: PreTrainedModel, rule: DMSConfig | str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the row goes its history; the others, of which some find no page at first, give the tokens of lone runs."""
+    monkeypatch.setattr("fastdms.engine._DENSE_TOKENS", 64)
+    prompts = [tiny_tokens(length, seed=length) for length in (150, 140, 130)]  # 12 pages each
+    with compiled(weights, dms=rule, max_concurrency=3, pages=20, prefill_chunk=16) as model:
+        watch, engine = Watch(model), engine_of(model)
+        engine._run_ahead, engine._live_share = ahead, 0.0  # so that more are let in than there is room for
+        gone, *requests = (submit(model, prompt, GREEDY) for prompt in [prompts[0], *prompts])
+        engine.step()
+        assert gone.computed == (64 if ahead else 16)
+        assert engine.runner._histories
+        engine.cancel(gone)
+        assert not engine.runner._histories
+        engine._live_share = 0.0  # it has told the engine better
+        drain(model, requests)
+        check_idle(model)
+        assert not engine.runner._histories
+    assert watch.counts["starved"]
+    assert [request.output_ids for request in requests] == lone_runs(weights, {"rule": rule})("rule", prompts, GREEDY)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
