@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["DMSConfig", "Int4Layers", "ModelConfig", "RopeConfig", "dense_tokens"]
+__all__ = ["CHUNKS_AHEAD", "DMSConfig", "Int4Layers", "ModelConfig", "RopeConfig", "dense_chunk", "dense_tokens"]
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 ZeroBorrowed = Literal["none", "pre_rope", "pre_and_post_rope"]
@@ -139,6 +139,18 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_heads // self.num_kv_heads
+
+
+CHUNKS_AHEAD = 4  # that may be prefilled before the host looks at the first, and before the next decode step
+_MOST_DENSE = 8192
+
+
+def dense_chunk(chunk: int) -> int:
+    """The most tokens of a dense chunk on a GPU: those of as many chunks of ``chunk`` as may go ahead, within 8,192.
+
+    Without a graph, a small one takes the host longer than the device.
+    """
+    return max(chunk, min(CHUNKS_AHEAD * chunk, _MOST_DENSE))
 
 
 def dense_tokens(dms: DMSConfig | None, prompt_len: int, num_tokens: int, chunk: int) -> int:

@@ -9,14 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
-from fastdms.config import dense_tokens
+from fastdms.config import CHUNKS_AHEAD, dense_chunk, dense_tokens
 from fastdms.request import Request
 from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["Engine"]
-
-_CHUNKS_AHEAD = 8  # that are prefilled before the host looks at the first, and before the next decode step
-_DENSE_TOKENS = 8192  # at most at once, where a chunk has fewer
 
 
 class Engine:
@@ -252,9 +249,7 @@ class Engine:
 
     @property
     def _dense_chunk(self) -> int:
-        """The most tokens of a dense chunk: without a graph, a small one takes the host longer than the device."""
-        ahead = min(_CHUNKS_AHEAD * self._prefill_chunk, _DENSE_TOKENS) if self._run_ahead else 0
-        return max(self._prefill_chunk, ahead)
+        return dense_chunk(self._prefill_chunk) if self._run_ahead else self._prefill_chunk
 
     def _remainder(self, request: Request) -> PrefillPiece:
         """What is still to prefill, or still to prefill densely, as far as one chunk can take it."""
@@ -269,7 +264,7 @@ class Engine:
         before = [request.computed for request in requests]
         alone, failure = len(self._running) == 1, ""
         # The host reads whether rows found their pages, which can wait for some chunks.
-        for _ in range(_CHUNKS_AHEAD if self._run_ahead else 1):
+        for _ in range(CHUNKS_AHEAD if self._run_ahead else 1):
             pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk, self._dense_chunk)
             try:
                 logits = self.runner.prefill(pieces)

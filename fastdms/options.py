@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdms.cache import CacheConfig
-from fastdms.config import DMSConfig, ModelConfig, dense_tokens
+from fastdms.config import DMSConfig, ModelConfig, dense_chunk, dense_tokens
 from fastdms.graphs import check_mode
 from fastdms.ops import KV_DTYPES
 from fastdms.ops.int4 import INT4
@@ -131,7 +131,7 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
         default = 0.85 if options.device.type == "cuda" else 0.5
         share = default if budget is None else budget
         budget = int(_free_memory(options.device) * share)
-        budget -= min(_history_bytes(config, dms, options), budget // 2)
+        budget -= min(_dense_bytes(config, dms, options), budget // 2)
     pages = empty.pages_within(budget)
     if pages < empty.num_spans:
         least = empty.fixed_bytes + empty.num_spans * (empty.page_bytes + 4)
@@ -142,10 +142,16 @@ def resolve_cache(config: ModelConfig, dms: DMSConfig | None, options: Options) 
     return CacheConfig(**fields, num_pages=pages)
 
 
-def _history_bytes(config: ModelConfig, dms: DMSConfig | None, options: Options) -> int:
-    """What a dense prefill of the longest prompt holds beside the cache."""
-    tokens = dense_tokens(dms, options.max_context, options.max_context, options.prefill_chunk)
-    return 2 * config.num_layers * tokens * config.num_kv_heads * config.head_dim * options.dtype.itemsize
+def _dense_bytes(config: ModelConfig, dms: DMSConfig | None, options: Options) -> int:
+    """What a dense prefill of the longest prompt takes beside the cache: its keys and values, and on a GPU what a dense
+    chunk's activations have more than those of another chunk."""
+    tokens, chunk = options.max_context, options.prefill_chunk
+    tokens = dense_tokens(dms, tokens, tokens, chunk)
+    numbers = 2 * config.num_layers * tokens * config.num_kv_heads * config.head_dim
+    if options.device.type == "cuda":
+        more = max(0, min(tokens, dense_chunk(chunk)) - chunk)
+        numbers += more * (2 * config.intermediate_size + 7 * config.hidden_size)
+    return numbers * options.dtype.itemsize
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

@@ -69,7 +69,7 @@ def compile(
     kv_memory: for the whole cache with its metadata: bytes (int), or a share of the free memory (float); None: what
         all rows could need, up to 85 % of the free memory (CPU: half). A dense prefill (without eviction, or by its
         rule) holds a prompt's keys and values besides (``score`` another one's): None and a share leave room for it.
-    prefill_chunk: prompt tokens per prefill step, eight of which may go before a decode step (if dense as one, of 8,192
+    prefill_chunk: prompt tokens per prefill step, four of which may go before a decode step (if dense as one, of 8,192
         tokens at most); it changes rounding and what memory a step takes.
     mode: ``"graphs"`` (one CUDA graph per decode bucket, and some for prefill chunks), ``"compile"`` (torch.compile
         alone) or ``"eager"``; None: graphs on CUDA, eager on CPU.

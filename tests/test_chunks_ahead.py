@@ -25,17 +25,17 @@ PROMPTS = [tiny_tokens(length, seed=length) for length in (400, 3)]
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_several_at_a_time_beside_a_row_that_decodes(weights: PreTrainedModel, ahead: bool) -> None:
-    with compiled(weights, dms=MASKED, max_concurrency=2, max_context=512, prefill_chunk=8) as model:
+    with compiled(weights, dms=MASKED, max_concurrency=2, max_context=512, prefill_chunk=16) as model:
         engine = engine_of(model)
         engine._run_ahead = ahead
-        short = submit(model, PROMPTS[1], replace(GREEDY, max_tokens=60))
+        short = submit(model, PROMPTS[1], replace(GREEDY, max_tokens=40))
         engine.step()
         long = submit(model, PROMPTS[0], GREEDY)
         engine.step()
         while long.computed + 64 < 400:
             before, tokens = long.computed, len(short.output_ids)
             engine.step()
-            assert long.computed - before == (64 if ahead else 8)
+            assert long.computed - before == (64 if ahead else 16)
             assert len(short.output_ids) == tokens + 1, "a decode step after each turn"
         drain(model, [long, short])
         check_idle(model)
@@ -49,7 +49,7 @@ def test_a_dense_chunk_is_what_may_run_ahead_at_once(
     weights: PreTrainedModel, rule: DMSConfig | str, ahead: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far as a chunk may be that large; the tokens are those of any other chunk."""
-    monkeypatch.setattr("fastdms.engine._DENSE_TOKENS", most)
+    monkeypatch.setattr("fastdms.config._MOST_DENSE", most)
     sizes: list[int] = []
     prefill = ModelRunner.prefill
 
@@ -63,7 +63,7 @@ def test_a_dense_chunk_is_what_may_run_ahead_at_once(
         requests = [submit(model, prompt, GREEDY) for prompt in PROMPTS]
         drain(model, requests)
         check_idle(model)
-    size = min(128, max(16, most)) if ahead else 16
+    size = min(64, max(16, most)) if ahead else 16
     beside = [3] if rule != "off" else []  # a prompt of three fills no chunk, but has to be dense
     assert sizes == [*[size] * (400 // size), *[400 % size] * (400 % size > 0), *beside]
     assert [request.output_ids for request in requests] == lone_runs(weights, {"rule": rule})("rule", PROMPTS, GREEDY)
@@ -105,7 +105,7 @@ def test_dense_chunks_that_find_no_page_or_are_cancelled_halfway(
     weights: PreTrainedModel, rule: DMSConfig | str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the row goes its history; the others, of which some find no page at first, give the tokens of lone runs."""
-    monkeypatch.setattr("fastdms.engine._DENSE_TOKENS", 64)
+    monkeypatch.setattr("fastdms.config._MOST_DENSE", 64)
     prompts = [tiny_tokens(length, seed=length) for length in (150, 140, 130)]  # 12 pages each
     with compiled(weights, dms=rule, max_concurrency=3, pages=20, prefill_chunk=16) as model:
         watch, engine = Watch(model), engine_of(model)

@@ -14,7 +14,9 @@ import torch
 from fastdms import options
 from fastdms.cache import CompactCache
 from fastdms.kv_report import KVReport
+from fastdms.options import resolve_cache, resolve_options
 from fastdms.sampling_params import SamplingParams
+from fastdms.tools.shapes import SHAPES
 from tests import oracle
 from tests.models import HEAD_DIM, dms_config, tiny_tokens
 from tests.running import compiled, drain, engine_of, kv_bytes, many, submit
@@ -190,6 +192,22 @@ def test_no_memory_for_the_cache(weights, monkeypatch) -> None:
     monkeypatch.setattr(CompactCache, "__init__", none)
     with pytest.raises(ValueError, match=r"no memory on cpu for a cache of 64 pages: can't allocate"):
         compiled(weights, dms=MASKED)
+
+
+@pytest.mark.parametrize("chunk", [512, 2048, 8192, 10_000])
+def test_a_share_leaves_room_for_a_dense_chunk_on_a_gpu(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """For what its activations take beyond those of one chunk: 6,144 tokens of 30,720 bf16 numbers, say."""
+    config = SHAPES["llama-3.2-1b"]
+    given: dict[str, Any] = {
+        "device": "cpu", "dtype": "bf16", "kv_dtype": "bf16", "weights": "auto", "max_concurrency": 8, "mode": "eager",
+        "max_context": 131_072, "kv_memory": 0.5, "prefill_chunk": chunk,
+    }  # fmt: skip
+    found = replace(resolve_options(config, **given), device=torch.device("cuda"))
+    free, history = 40 * 10**9, 2 * 16 * 131_072 * 512 * 2
+    monkeypatch.setattr(options, "_free_memory", lambda device: free)
+    more = {512: 1536, 2048: 6144}.get(chunk, 0) * (2 * 8192 + 7 * 2048) * 2
+    cache = resolve_cache(config, None, found)
+    assert cache.num_pages == replace(cache, num_pages=0).pages_within(free // 2 - history - more)
 
 
 @pytest.mark.parametrize("rule", ["dense", "off"])
