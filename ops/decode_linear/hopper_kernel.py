@@ -19,7 +19,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -27,11 +26,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.decode_linear.schema import MOST_ROWS
+from fastdms.ops.gluon_common import barrier, load_tile
 from fastdms.ops.triton_common import dependent_launch
-
-# Triton 3.6 has these by other names.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 _M = gl.constexpr(64)  # rows of weights in a tile: what a warpgroup multiplies by
 _UNROLL = gl.constexpr(2)  # blocks of columns in a step
@@ -54,10 +50,10 @@ def _fetch(
     for i in gl.static_range(_UNROLL):
         block = ring.index(stage * _UNROLL + i)
         if SWIGLU:
-            _load_tile(desc, [row, column + i * WIDTH], here.index(stage), block.slice(0, ROWS), pred=wanted)
-            _load_tile(desc, [N + row, column + i * WIDTH], here.index(stage), block.slice(ROWS, ROWS), pred=wanted)
+            load_tile(desc, [row, column + i * WIDTH], here.index(stage), block.slice(0, ROWS), pred=wanted)
+            load_tile(desc, [N + row, column + i * WIDTH], here.index(stage), block.slice(ROWS, ROWS), pred=wanted)
         else:
-            _load_tile(desc, [row, column + i * WIDTH], here.index(stage), block, pred=wanted)
+            load_tile(desc, [row, column + i * WIDTH], here.index(stage), block, pred=wanted)
 
 
 @gluon.jit
@@ -120,7 +116,7 @@ def _decode_linear_hopper_kernel(
         mbarrier.init(here.index(s), count=1)
     mbarrier.init(x_came, count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
     for ahead in gl.static_range(STAGES):
         _fetch(ahead, total, order, weight_desc, ring, here, N, STEPS, STAGES, SWIGLU)
     mbarrier.expect(x_came, BLOCKS * NX * WIDTH * DTYPE.primitive_bitwidth // 8)
@@ -131,7 +127,7 @@ def _decode_linear_hopper_kernel(
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
     for block in gl.static_range(BLOCKS):
-        _load_tile(x_desc, [0, block * WIDTH], x_came, x_here.index(block))
+        load_tile(x_desc, [0, block * WIDTH], x_came, x_here.index(block))
     if HAS_PARTS:
         b_power = gl.load(power_ptr + gl.minimum(o_r, B - 1))
     mbarrier.wait(x_came, 0)
@@ -148,7 +144,7 @@ def _decode_linear_hopper_kernel(
             sums = warpgroup_mma_wait(0, sums)
             for u in gl.static_range(_UNROLL):
                 acc += sums[u]
-            _barrier()  # no warp reads the old weights any more
+            barrier()  # no warp reads the old weights any more
             _fetch(step + STAGES, total, order, weight_desc, ring, here, N, STEPS, STAGES, SWIGLU)
 
         o_c = (first_tile + item * tile_stride) * CHANNELS + o_n

@@ -12,19 +12,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastdms.ops.gluon_common import add, registers
+from fastdms.ops.gluon_common import add, barrier, load_tile, registers
 
 _FOREVER = gl.constexpr(2**31 - 1)  # later than any query
-# Triton 3.6 has these by other names.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -54,15 +50,15 @@ def _fetch(tile, ends, first_rows, descs, ring, STAGES: gl.constexpr):
     stage = tile % STAGES
     mbarrier.expect(k_here.index(stage), NUM_BYTES, pred=tile < total)
     mbarrier.expect(v_here.index(stage), NUM_BYTES, pred=tile < total)
-    _barrier()  # no warp reads the old tile any more
+    barrier()  # no warp reads the old tile any more
     if tile < late:
         row = gl.where(tile < packed, base + tile * BLOCK_N, late_row + (tile - packed) * BLOCK_N)
-        _load_tile(packed_k_desc, [row, 0], k_here.index(stage), k_ring.index(stage))
-        _load_tile(packed_v_desc, [row, 0], v_here.index(stage), v_ring.index(stage))
+        load_tile(packed_k_desc, [row, 0], k_here.index(stage), k_ring.index(stage))
+        load_tile(packed_v_desc, [row, 0], v_here.index(stage), v_ring.index(stage))
     elif tile < total:
         row = band_row + (tile - late) * BLOCK_N
-        _load_tile(k_desc, [row, column], k_here.index(stage), k_ring.index(stage))
-        _load_tile(v_desc, [row, column], v_here.index(stage), v_ring.index(stage))
+        load_tile(k_desc, [row, column], k_here.index(stage), k_ring.index(stage))
+        load_tile(v_desc, [row, column], v_here.index(stage), v_ring.index(stage))
 
 
 @gluon.jit
@@ -199,7 +195,7 @@ def _attend_hopper_kernel(
         b_q = gl.allocate_shared_memory(DTYPE, [BLOCK_R, D], SHARED)
         b_q.store(b_queries)
         fence_async_shared()
-        _barrier()
+        barrier()
 
         b_max = gl.full([BLOCK_R], -1.0e30, gl.float32, ROWS)
         b_sum = gl.full([BLOCK_R], 0.0, gl.float32, ROWS)
@@ -253,7 +249,7 @@ def _attend_hopper_kernel(
                 b_values = b_v.load(WIDE)
                 b_v.store(gl.where(m_n[:, None], b_values, gl.zeros_like(b_values)))
                 fence_async_shared()
-                _barrier()
+                barrier()
             b_next = _scores(tile + 1, b_q, ring, X, STAGES)
             b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
             _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)

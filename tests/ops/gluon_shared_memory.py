@@ -115,7 +115,7 @@ class SharedMemory:
             wait=lambda barrier, phase: barrier.wait(phase),
         )
         return {
-            "mbarrier": mbarrier, "fence_async_shared": self._fence, "_barrier": self._sync, "_load_tile": self._load,
+            "mbarrier": mbarrier, "fence_async_shared": self._fence, "barrier": self._sync, "load_tile": self._load,
             "warpgroup_mma": self._mma, "warpgroup_mma_wait": self._mma_wait,
         }  # fmt: skip
 
