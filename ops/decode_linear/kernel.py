@@ -1,7 +1,7 @@
 """Triton backend of decode_linear: for several rows a kernel whose programs share the output channels.
 
 No sum is split over programs, so that a row's result hangs on nothing but the row. Their norm is a kernel of its own,
-beside which the weights are on their way already. A single row has another.
+beside which the weights are on their way already. A single row has another, and on Hopper normed rows of many channels.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
@@ -304,19 +304,17 @@ def decode_linear(
     if rows == 1 and fits(x, weight, norm):
         decode_vector(x, weight, scale, bias, norm, norm_eps, residual, out, swiglu)
         return out
-    group, bits = group_and_bits(weight, scale, x)
     dependent = dependent_launch(x.device)
     power = None
     if norm is not None:
         hopper = _hopper_kernel(x, weight, residual)
-        form = "plain"
-        if weight.dtype == torch.float8_e4m3fn and x.dtype != torch.float32:
+        form, dtype, low = "plain", x.dtype, 0
+        if x.dtype == torch.bfloat16 and weight.dtype == torch.float8_e4m3fn:
             # fp8 becomes fp16 in one instruction, and bf16 in five; but fp16 can't hold every bf16.
-            form = "parts" if hopper else "fp16" if x.dtype == torch.bfloat16 else "plain"
-        dtype = {"plain": x.dtype, "fp16": torch.float16, "parts": torch.float8_e4m3fn}[form]
-        low = hopper.padded_rows(rows) if hopper and form == "parts" else 0
+            form, dtype, power = "fp16", torch.float16, x.new_empty(rows, dtype=torch.float32)
+            if hopper:
+                form, dtype, low = "parts", torch.float8_e4m3fn, hopper.padded_rows(rows)
         normed = x.new_empty((2 * low or rows, k), dtype=dtype)
-        power = None if form == "plain" else x.new_empty(rows, dtype=torch.float32)
         _norm_kernel[(rows,)](
             x, norm, normed, power, x.stride(0), k, norm_eps, low, BLOCK_K=triton.next_power_of_2(k), FORM=form,
             num_warps=min(16, triton.next_power_of_2(triton.cdiv(k, 1024))), **dependent,
@@ -325,6 +323,7 @@ def decode_linear(
             hopper.decode_hopper(normed, power, weight, scale, bias, out, swiglu)
             return out
         x = normed
+    group, bits = group_and_bits(weight, scale, x)
     cut = tile(n, k, 32 if x.dtype == torch.float32 else bits, swiglu, group)
     padded = max(8, triton.next_power_of_2(rows))
     column_bits = cut.channels * (2 if swiglu else 1) * bits + padded * 8 * x.element_size()

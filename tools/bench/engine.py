@@ -15,7 +15,7 @@ from fastdms.config import ModelConfig
 from fastdms.decoder import Decoder
 from fastdms.options import resolve_options
 from fastdms.runtime import CompiledModel
-from fastdms.tools.bench.figures import decode_figures, floor_ms, rate, spread
+from fastdms.tools.bench.figures import decode_figures, dtype_name, floor_ms, rate, spread
 from fastdms.tools.bench.profile import profile_steps
 from fastdms.tools.bench.settings import EngineSettings
 from fastdms.tools.bench.vllm_peer import measure_vllm, times_faster
@@ -224,8 +224,8 @@ def _facts(subject: Subject, settings: EngineSettings) -> dict[str, Any]:
         "kept_asked": subject.kept,
         "window": None if rule is None else rule.window_tokens,
         "dms": "off" if rule is None else "on",
-        "kv_dtype": str(options.kv_dtype).removeprefix("torch."),
-        "dtype": str(options.dtype).removeprefix("torch."),
+        "kv_dtype": dtype_name(options.kv_dtype),
+        "dtype": dtype_name(options.dtype),
         "weights": settings.weights,
         **{name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")},
         "mode": options.mode,

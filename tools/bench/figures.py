@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["bucket_name", "decode_figures", "decode_rates", "floor_ms", "rate", "spread"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["bucket_name", "decode_figures", "decode_rates", "dtype_name", "floor_ms", "rate", "spread"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As rows have it: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def bucket_name(row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastdms.tools.bench.figures import spread
+from fastdms.tools.bench.figures import dtype_name, spread
 from fastdms.tools.bench.settings import EngineSettings
 
 __all__ = ["child", "last_words", "measure_starts"]
@@ -65,7 +65,7 @@ def child() -> None:
             "rows": max(settings.concurrency),
             "mode": model.options.mode,
             "weights": settings.weights,
-            "kv_dtype": str(model.options.kv_dtype).removeprefix("torch."),
+            "kv_dtype": dtype_name(model.options.kv_dtype),
             "buckets": list(stats["buckets"]),
             "compiles": stats["compiles"],
             "captures": stats["captures"],

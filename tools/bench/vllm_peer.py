@@ -18,7 +18,7 @@ from fastdms.checkpoint.hf_config import published_values
 from fastdms.config import ModelConfig
 from fastdms.options import Options
 from fastdms.tools.bench import vllm_run
-from fastdms.tools.bench.figures import decode_rates, rate
+from fastdms.tools.bench.figures import decode_rates, dtype_name, rate
 from fastdms.tools.bench.settings import EngineSettings
 from fastdms.tools.bench.start import last_words
 
@@ -36,9 +36,10 @@ def measure_vllm(settings: EngineSettings, config: ModelConfig, options: Options
     Raises ValueError, before anything runs, for what vLLM isn't compared in: weights other than bf16, KV in fp32.
     """
     if options.weights != torch.bfloat16:
-        raise ValueError(f"--peer compares models with weights in bf16 (--weights bf16), got {_name(options.weights)}")
+        stored = dtype_name(options.weights)
+        raise ValueError(f"--peer compares models with weights in bf16 (--weights bf16), got {stored}")
     if options.kv_dtype not in _KV_DTYPES:
-        raise ValueError(f"--peer compares KV in bf16 or fp8 (--kv-dtype), got {_name(options.kv_dtype)}")
+        raise ValueError(f"--peer compares KV in bf16 or fp8 (--kv-dtype), got {dtype_name(options.kv_dtype)}")
     for context in settings.contexts:
         found = _run(settings, config, options, context)
         for rows in settings.concurrency:
@@ -49,8 +50,8 @@ def measure_vllm(settings: EngineSettings, config: ModelConfig, options: Options
                 "context": context,
                 "new_tokens": settings.new_tokens,
                 "repeats": settings.repeats,
-                "kv_dtype": _name(options.kv_dtype),
-                "dtype": _name(options.dtype),
+                "kv_dtype": dtype_name(options.kv_dtype),
+                "dtype": dtype_name(options.dtype),
                 **_figures(rows, context, settings.new_tokens, found.get(rows) or found[None]),
             }
 
@@ -121,7 +122,3 @@ def _environment(settings: EngineSettings, device: torch.device) -> dict[str, st
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index or 0]
     return environment
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
