@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,20 +15,21 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import constexpr
 from triton.runtime import JITFunction
 
-from tests.ops.gluon_shared_memory import Descriptor, SharedMemory
+from tests.ops.gluon_shared_memory import Descriptor, Dtype, SharedMemory
 
 __all__ = ["emulate"]
 
 _LAYOUTS = ("BlockedLayout", "DistributedLinearLayout", "DotOperandLayout", "NVMMADistributedLayout", "SliceLayout")
 _Assembly = dict[str, Callable[..., Any]]  # text -> what it does
-_POINTWISE = ("abs", "ceil", "exp", "exp2", "log2", "maximum", "minimum", "where")
+_POINTWISE = ("abs", "ceil", "exp", "exp2", "log2", "maximum", "minimum")
 
 
 class _Block(torch.Tensor):
     """A tensor whose ``to`` also reads its bits as another type, and which nothing changes in place."""
 
-    def to(self, dtype: torch.dtype, bitcast: bool = False) -> _Block:  # type: ignore[override]
-        return _block(self.view(dtype) if bitcast else super().to(dtype))
+    def to(self, dtype: torch.dtype | Dtype, bitcast: bool = False) -> _Block:  # type: ignore[override]
+        wanted = _torch_dtype(dtype)
+        return _block(self.view(wanted) if bitcast else super().to(wanted))
 
     def __iadd__(self, other: Any) -> _Block:  # type: ignore[misc]
         return _block(self + other)
@@ -42,6 +44,10 @@ class _Constant(int):
     @property
     def value(self) -> int:
         return int(self)
+
+
+def _torch_dtype(dtype: torch.dtype | Dtype) -> torch.dtype:
+    return dtype.torch if isinstance(dtype, Dtype) else dtype
 
 
 def _block(x: Any) -> _Block:
@@ -89,6 +95,17 @@ def _pointwise(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: function(*map(_block, args))
 
 
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    """Of pointers one is taken as a whole."""
+    if isinstance(x, _Pointer):
+        return x if condition else y
+    return torch.where(*map(_block, (condition, x, y)))
+
+
+def _static_assert(condition: Any, message: str = "") -> None:
+    assert condition, message
+
+
 def _multiple_of(x: _Block, divisor: int) -> _Block:
     assert bool((x % divisor == 0).all())
     return x
@@ -99,18 +116,20 @@ def _split(x: _Block) -> tuple[torch.Tensor, ...]:
     return x.unbind(-1)
 
 
-def _language(program: int, programs: int, assembly: _Assembly, memory: SharedMemory) -> types.SimpleNamespace:
+def _language(
+    program: tuple[int, ...], grid: tuple[int, ...], assembly: _Assembly, memory: SharedMemory
+) -> types.SimpleNamespace:
     """What stands in for Gluon's language in one program."""
 
-    def full(shape: list[int], value: float, dtype: torch.dtype, layout: None = None) -> _Block:
-        return _block(torch.full(shape, value, dtype=dtype))
+    def full(shape: list[int], value: float, dtype: torch.dtype | Dtype, layout: None = None) -> _Block:
+        return _block(torch.full(shape, value, dtype=_torch_dtype(dtype)))
 
     def inline_asm_elementwise(asm: str, constraints: str, args: list[_Block], **options: Any) -> Any:
         return assembly[asm](*args)
 
     return types.SimpleNamespace(
         NVMMASharedLayout=NVMMASharedLayout,
-        **{name: getattr(torch, name) for name in ("int32", "int64", "float16", "float32")},
+        **{name: getattr(torch, name) for name in ("int32", "int64", "float16", "bfloat16", "float32")},
         **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
         **{name: _pointwise(getattr(torch, name)) for name in _POINTWISE},
         allocate_shared_memory=memory.allocate,
@@ -124,15 +143,19 @@ def _language(program: int, programs: int, assembly: _Assembly, memory: SharedMe
         load=lambda pointer, mask=None, other=None: pointer.load(mask, other),
         max=lambda x, axis: x.amax(axis),
         multiple_of=_multiple_of,
-        num_programs=lambda axis: _block(programs),
+        num_programs=lambda axis: _block(grid[axis]),
         permute=lambda x, order: x.permute(order),
-        program_id=lambda axis: _block(program),
+        program_id=lambda axis: _block(program[axis]),
         reshape=lambda x, shape: x.reshape(shape),
         split=_split,
+        static_assert=_static_assert,
         static_range=range,
         store=lambda pointer, value, mask=None: pointer.store(value, mask),
         sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+        warp_specialize=memory.partitions.specialise,
+        where=_where,
         zeros=lambda shape, dtype, layout: full(shape, 0, dtype),
+        zeros_like=torch.zeros_like,
     )
 
 
@@ -154,14 +177,14 @@ class _Kernel:
     def __init__(self, module: types.ModuleType, kernel: Callable[..., None], assembly: _Assembly) -> None:
         self._module, self._kernel, self._assembly = module, kernel, assembly
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, maxnreg: int | None = None, **constants: Any) -> None:
             if "num_warps" not in inspect.signature(self._kernel).parameters:
                 del constants["num_warps"]
             given = [_given(x) for x in args]
-            for program in range(*grid):
+            for program in itertools.product(*map(range, grid)):
                 memory = SharedMemory()
-                vars(self._module)["gl"] = _language(program, *grid, self._assembly, memory)
+                vars(self._module)["gl"] = _language(program, grid, self._assembly, memory)
                 vars(self._module).update(memory.stand_ins())
                 self._kernel(*given, **constants)
                 memory.finish()
@@ -170,7 +193,7 @@ class _Kernel:
 
 
 def emulate(patch: pytest.MonkeyPatch, module: types.ModuleType, kernel: str, assembly: _Assembly) -> None:
-    """Let ``module``'s kernel of that name run on the CPU, over a grid of one axis, and without dependent launches."""
+    """Let ``module``'s kernel of that name run on the CPU, without dependent launches."""
     for name in ("gl", *SharedMemory().stand_ins()):  # a launch replaces them
         patch.setattr(module, name, vars(module).get(name), raising=False)
     patch.setattr(module, "mma_v2", _mma, raising=False)

@@ -1,24 +1,31 @@
 """Shared memory of an emulated Gluon program, and what Hopper moves and multiplies there while the program goes on.
 
 Nothing comes before it is waited for. What hangs, races or reads garbage on a GPU, now and then or always, fails: a
-wait for a phase that won't end, a tile read before it came or overwritten before all warps have read it, a barrier used
-before all warps see it, anything still under way in the end.
+wait for a phase that won't end, a tile read before it came or overwritten before all that read it have done with it, a
+barrier used before all warps see it, anything still under way in the end. What nobody wrote is NaN.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["Descriptor", "SharedMemory"]
+from tests.ops.gluon_partitions import Access, Partition, Partitions, Product
 
-# States of an element. What this warp alone has done with is READ; FREE is what all have.
-_EMPTY, _COMING, _UNREAD, _READING, _READ, _FREE = range(6)
+__all__ = ["Descriptor", "Dtype", "SharedMemory"]
+
 _BARRIER_LAYOUT = "barriers"
+
+
+class Dtype(NamedTuple):
+    """Of what lies in shared memory."""
+
+    torch: torch.dtype
+    primitive_bitwidth: int
 
 
 class Descriptor:
@@ -28,57 +35,135 @@ class Descriptor:
         self.tensor = host.base.as_strided(host.shape, host.strides)
         self.layout = host.layout
         self.block_type = types.SimpleNamespace(shape=host.block_shape)
-        self.dtype = types.SimpleNamespace(torch=host.base.dtype, primitive_bitwidth=8 * host.base.element_size())
+        self.dtype = Dtype(host.base.dtype, 8 * host.base.element_size())
 
 
 class _Tiles:
-    """Elements in shared memory with their states; parts of it are views."""
+    """Elements in shared memory, parts of it as views; accesses: what is being done with all of it, or was last."""
 
-    def __init__(self, data: torch.Tensor, state: torch.Tensor, layout: Any) -> None:
-        self.data, self.state, self.layout = data, state, layout
+    def __init__(self, memory: SharedMemory, data: torch.Tensor, layout: Any, accesses: list[Access]) -> None:
+        self._memory, self.data, self.layout, self.accesses = memory, data, layout, accesses
+        self.shape, self.dtype = list(data.shape), Dtype(data.dtype, 8 * data.element_size())
+        self.place = range(data.storage_offset(), data.storage_offset() + data.numel())
 
-    def _view(self, view: Callable[[torch.Tensor], torch.Tensor]) -> _Tiles:
-        return _Tiles(view(self.data), view(self.state), self.layout)
+    def _view(self, data: torch.Tensor) -> _Tiles:
+        return _Tiles(self._memory, data, self.layout, self.accesses)
 
     def index(self, i: Any) -> _Tiles:
         assert 0 <= i < len(self.data), "no such tile"
-        return self._view(lambda x: x[int(i)])
+        return self._view(self._in_order()[int(i)])
 
     def slice(self, start: int, length: int) -> _Tiles:
-        return self._view(lambda x: x.narrow(0, start, length))
+        return self._view(self._in_order().narrow(0, start, length))
 
     def permute(self, order: tuple[int, ...]) -> _Tiles:
-        return self._view(lambda x: x.permute(order))
+        return self._view(self.data.permute(order))
+
+    def _in_order(self) -> torch.Tensor:
+        assert self.data.is_contiguous(), "a part of what is permuted has no one place"
+        return self.data
+
+    def load(self, layout: Any) -> torch.Tensor:
+        partition = self._memory.partitions.running
+        partition.own.append(self.read(partition.known.union(partition.own)))
+        return self.data.clone()
+
+    def store(self, value: torch.Tensor) -> None:
+        assert (value.shape, value.dtype) == (self.data.shape, self.data.dtype)
+        partition = self._memory.partitions.running
+        access = Access(self.place, is_write=True, is_fenced=False)
+        self.write(access, partition.known.union(partition.own))
+        partition.own.append(access)
+        self.data.copy_(value)
+
+    def read(self, known: set[Access]) -> Access:
+        """By somebody who knows of these accesses."""
+        for access in self.accesses:
+            if access.is_write and access.meets(self.place):
+                assert access in known, "read before it came"
+                access.is_used = True
+        self.accesses.append(Access(self.place, is_write=False))
+        return self.accesses[-1]
+
+    def write(self, write: Access, known: set[Access]) -> None:
+        old = [access for access in self.accesses if access.meets(self.place)]
+        assert all(access in known and access.is_used for access in old), "overwritten while it is needed"
+        inside = [x for x in old if x.place.start >= self.place.start and x.place.stop <= self.place.stop]
+        self.accesses[:] = [x for x in self.accesses if x not in inside] + [write]
 
 
 class _Barrier:
-    """An mbarrier; its phase ends when it is waited for."""
+    """An mbarrier. A phase in which something comes ends when it is waited for, another when all have arrived."""
 
-    def __init__(self) -> None:
-        self.count, self.is_fenced, self.is_ready = 0, False, False
-        self.phase = 0
-        self.arrived, self.expected = 0, 0
-        self.loads: list[tuple[_Tiles, torch.Tensor]] = []  # what comes in this phase, and where
+    def __init__(self, partitions: Partitions) -> None:
+        self._partitions = partitions
+        self._made = Access(range(0), is_write=True, is_fenced=False)
+        self._known: set[Access] = set()  # by whoever waits for it
+        self._arriving: set[Access] = set()  # will be, when this phase has ended
+        self._phase = 0
+        self._count, self._arrived, self._expected = 0, 0, 0
+        self._loads: list[tuple[_Tiles, torch.Tensor, Access]] = []  # what comes in this phase, and where
+
+    def init(self, count: int) -> None:
+        assert self._count == 0, "initialised twice"
+        self._count = count
+        self._partitions.running.own.append(self._made)
+
+    def _check_seen(self, by_one: bool = False) -> Partition:
+        """By all warps, or by the one that arrives for them."""
+        partition = self._partitions.running
+        is_seen = self._made in partition.known or (by_one and self._made in partition.own)
+        assert is_seen, "other warps don't see this barrier yet"
+        return partition
+
+    def arrive(self, count: int = 1, pred: Any = True, num_bytes: int = 0) -> None:
+        if not pred:
+            return
+        partition = self._check_seen(by_one=True)
+        assert self._arrived + count <= self._count, "nobody waited for the phase before"
+        self._arrived += count
+        self._expected += int(num_bytes)
+        self._arriving |= partition.known
+        if not self._expected and not self._loads and self._arrived == self._count:
+            self._end_phase()
 
     def expect(self, num_bytes: int, pred: Any = True) -> None:
-        if pred:
-            assert self.is_ready, "other warps don't see this barrier yet"
-            assert self.arrived < self.count, "nobody waited for the phase before"
-            self.arrived += 1
-            self.expected += int(num_bytes)
+        self.arrive(pred=pred, num_bytes=num_bytes)
 
-    def wait(self, phase: Any) -> None:
-        assert self.is_ready, "other warps don't see this barrier yet"
-        if self.phase % 2 != phase:
-            return  # that one has ended
-        num_bytes = sum(data.nbytes for _, data in self.loads)
-        assert self.arrived == self.count, "waits for ever: not all have arrived"
-        assert self.expected == num_bytes, f"waits for ever: {self.expected} bytes expected, {num_bytes} come"
-        for tile, data in self.loads:
+    def load(self, target: _Tiles, data: torch.Tensor) -> None:
+        known = self._check_seen().known
+        access = Access(target.place, is_write=True, is_used=False)
+        target.write(access, known)
+        self._loads.append((target, data, access))
+
+    def wait(self, phase: Any, pred: Any = True) -> None:
+        if not pred:
+            return
+        partition = self._check_seen()
+        self._partitions.wait_until(lambda: self._phase % 2 != phase or self._can_end(), repr(self))
+        if self._phase % 2 == phase:
+            self._end_phase()
+        partition.known |= self._known
+
+    def _num_bytes(self) -> int:
+        return sum(data.nbytes for _, data, _ in self._loads)
+
+    def _can_end(self) -> bool:
+        return self._arrived == self._count and self._expected == self._num_bytes()
+
+    def _end_phase(self) -> None:
+        for tile, data, _ in self._loads:
             tile.data.copy_(data)
-            tile.state.fill_(_UNREAD)
-        self.phase += 1
-        self.arrived, self.expected, self.loads = 0, 0, []
+        self._known |= self._arriving | {access for _, _, access in self._loads}
+        self._phase += 1
+        self._arrived, self._expected, self._loads, self._arriving = 0, 0, [], set()
+
+    def __repr__(self) -> str:
+        return f"{self._arrived} of {self._count} arrived, {self._num_bytes()} bytes of {self._expected} come"
+
+    def finish(self) -> None:
+        assert not self._arrived, "ends before all has come"
+        assert not self._loads, "ends before all has come"
 
 
 class _Barriers:
@@ -90,97 +175,74 @@ class _Barriers:
         return self._barriers[int(i)]
 
 
-class _Product:
-    """What the matrix units work on; nobody may look at it before ``warpgroup_mma_wait``."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-
 class SharedMemory:
     """One program's."""
 
     def __init__(self) -> None:
+        self.partitions = Partitions()
         self._tiles: list[_Tiles] = []
         self._barriers: list[_Barrier] = []
-        self._reading: list[torch.Tensor] = []  # states of what the matrix units read
-        self._read: list[torch.Tensor] = []
 
-    def stand_ins(self) -> dict[str, Any]:
+    def stand_ins(self) -> dict[str, Callable[..., Any] | types.SimpleNamespace]:
         """By the names that kernels import them by."""
         mbarrier = types.SimpleNamespace(
             MBarrierLayout=lambda: _BARRIER_LAYOUT,
-            init=self._init_barrier,
-            expect=lambda barrier, num_bytes, pred=True: barrier.expect(num_bytes, pred),
-            wait=lambda barrier, phase: barrier.wait(phase),
+            init=_Barrier.init,
+            arrive=_Barrier.arrive,
+            expect=_Barrier.expect,
+            wait=_Barrier.wait,
         )
         return {
-            "mbarrier": mbarrier, "fence_async_shared": self._fence, "barrier": self._sync, "load_tile": self._load,
-            "warpgroup_mma": self._mma, "warpgroup_mma_wait": self._mma_wait,
+            "mbarrier": mbarrier, "fence_async_shared": lambda: self.partitions.running.fence(),
+            "barrier": lambda: self.partitions.running.meet(), "load_tile": self._load, "warpgroup_mma": self._mma,
+            "warpgroup_mma_init": lambda value: Product(value, [], is_done=True), "warpgroup_mma_wait": self._mma_wait,
         }  # fmt: skip
 
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> _Tiles | _Barriers | _Barrier:
         if layout == _BARRIER_LAYOUT:
-            made = [_Barrier() for _ in range(shape[0])]
+            made = [_Barrier(self.partitions) for _ in range(shape[0])]
             self._barriers += made
             return _Barriers(made) if len(shape) > 1 else made[0]
-        data = torch.zeros(shape, dtype=dtype.torch)
-        self._tiles.append(_Tiles(data, torch.zeros(shape, dtype=torch.int8), layout))
+        data = torch.full(shape, torch.nan).to(dtype.torch)
+        self._tiles.append(_Tiles(self, data, layout, []))
         return self._tiles[-1]
 
     def finish(self) -> None:
-        assert not any(barrier.arrived or barrier.loads for barrier in self._barriers), "ends before all has come"
-        assert not self._reading, "ends before all products are there"
-        assert not any(bool((tiles.state == _UNREAD).any()) for tiles in self._tiles), "something came in vain"
-
-    def _init_barrier(self, barrier: _Barrier, count: int) -> None:
-        assert barrier.count == 0, "initialised twice"
-        barrier.count = count
-
-    def _fence(self) -> None:
         for barrier in self._barriers:
-            barrier.is_fenced = barrier.count > 0
-
-    def _sync(self) -> None:
-        for barrier in self._barriers:
-            barrier.is_ready = barrier.is_fenced
-        for state in self._read:
-            state.fill_(_FREE)
-        self._read = []
+            barrier.finish()
+        self.partitions.running.check_end()
+        assert all(x.is_used for tiles in self._tiles for x in tiles.accesses), "something came in vain"
 
     def _load(self, desc: Descriptor, at: list[Any], barrier: _Barrier, target: _Tiles, pred: Any = True) -> None:
         if not pred:
             return
         row, column = map(int, at)
         data = torch.zeros(desc.block_type.shape, dtype=desc.dtype.torch)
-        assert barrier.is_ready, "other warps don't see this barrier yet"
         assert 0 <= row < desc.tensor.shape[0], "a tile lies outside of its tensor"
         assert 0 <= column < desc.tensor.shape[1], "a tile lies outside of its tensor"
         assert column * data.element_size() % 16 == 0, "a tile begins within 16 bytes"
         assert (target.data.shape, target.data.dtype, target.layout) == (data.shape, data.dtype, desc.layout)
-        assert bool(((target.state == _EMPTY) | (target.state == _FREE)).all()), "overwritten while it is needed"
         inside = desc.tensor[row : row + data.shape[0], column : column + data.shape[1]]
         data[: inside.shape[0], : inside.shape[1]] = inside
-        target.state.fill_(_COMING)
-        barrier.loads.append((target, data))
+        barrier.load(target, data)
 
-    def _operand(self, tiles: _Tiles) -> torch.Tensor:
-        assert bool((tiles.state >= _UNREAD).all()), "read before it came"
-        tiles.state.fill_(_READING)
-        self._reading.append(tiles.state)
-        return tiles.data.float()
-
-    def _mma(self, a: _Tiles, b: _Tiles, acc: torch.Tensor, *, use_acc: bool = True, is_async: bool) -> _Product:
+    def _mma(self, a: Any, b: _Tiles, acc: torch.Tensor | Product, *, use_acc: bool = True, is_async: bool) -> Product:
+        """The left operand lies in shared memory or in registers; the sums so far may be on their way."""
         assert is_async
-        assert a.data.dtype == b.data.dtype
-        assert acc.dtype == torch.float32
-        product = self._operand(a) @ self._operand(b)
-        assert product.shape == acc.shape
-        return _Product(acc + product if use_acc else product)
+        partition = self.partitions.running
+        shared = [tiles for tiles in (a, b) if isinstance(tiles, _Tiles)]
+        left = a.data if isinstance(a, _Tiles) else a
+        sums = acc.value if isinstance(acc, Product) else acc
+        assert left.dtype == b.data.dtype
+        assert sums.dtype == torch.float32
+        product = left.float() @ b.data.float()
+        assert product.shape == sums.shape
+        reads = [tiles.read(partition.known) for tiles in shared]
+        partition.products.append(Product(sums + product if use_acc else product, reads))
+        return partition.products[-1]
 
-    def _mma_wait(self, num_outstanding: int, products: tuple[_Product, ...]) -> tuple[torch.Tensor, ...]:
-        assert num_outstanding == 0
-        for state in self._reading:
-            state.fill_(_READ)
-        self._read, self._reading = self._read + self._reading, []
-        return tuple(product.value for product in products)
+    def _mma_wait(self, num_outstanding: int, deps: Any) -> Any:
+        """What isn't done yet stays a product; one alone comes back by itself, as on a GPU."""
+        self.partitions.running.finish_products(num_outstanding)
+        values = tuple(dep.value if isinstance(dep, Product) and dep.is_done else dep for dep in deps)
+        return values[0] if len(values) == 1 else values
