@@ -16,10 +16,13 @@ __all__ = ["Access", "Partition", "Partitions", "Product"]
 
 
 class Access:
-    """A read or a write of elements in shared memory; is_used: whether anybody has read what a load brought."""
+    """Of elements in shared memory: a "read", a "load" by TMA, or a "store" by the warps, which async reads don't see
+    before a fence. is_used: whether anybody has read what a load brought.
+    """
 
-    def __init__(self, place: range, *, is_write: bool, is_fenced: bool = True, is_used: bool = True) -> None:
-        self.place, self.is_write, self.is_fenced, self.is_used = place, is_write, is_fenced, is_used
+    def __init__(self, kind: str, place: range) -> None:
+        self.kind, self.place = kind, place
+        self.is_fenced, self.is_used = kind != "store", kind != "load"
 
     def meets(self, place: range) -> bool:
         return self.place.start < place.stop and place.start < self.place.stop
@@ -41,7 +44,7 @@ class Partition:
         self.products: list[Product] = []  # under way, the oldest first
         self.turn = threading.Semaphore(0)
         self.may_run: Callable[[], bool] = lambda: True
-        self.waits_for = "its turn"
+        self.describe_wait: Callable[[], str] = lambda: "its turn"
         self.has_ended = False
 
     def fence(self) -> None:
@@ -73,10 +76,10 @@ class Partitions:
         self._all = [self.running]
         self._error: BaseException | None = None
 
-    def wait_until(self, is_so: Callable[[], bool], waits_for: str) -> None:
+    def wait_until(self, is_so: Callable[[], bool], describe: Callable[[], str]) -> None:
         """The running partition."""
         mine = self.running
-        mine.may_run, mine.waits_for = is_so, waits_for
+        mine.may_run, mine.describe_wait = is_so, describe
         if not is_so():
             self._hand_over()
             mine.turn.acquire()
@@ -89,7 +92,7 @@ class Partitions:
         left = [x for x in self._all[at:] + self._all[:at] if not x.has_ended]
         ready = [x for x in left if x.may_run()]
         if left and not ready:
-            self._error = self._error or AssertionError("wait for ever: " + "; ".join(x.waits_for for x in left))
+            self._error = self._error or AssertionError("wait for ever: " + "; ".join(x.describe_wait() for x in left))
         if self._error is not None:
             ready = left
         if ready:

@@ -64,32 +64,54 @@ class _Tiles:
         return self.data
 
     def load(self, layout: Any) -> torch.Tensor:
-        partition = self._memory.partitions.running
-        partition.own.append(self.read(partition.known.union(partition.own)))
-        return self.data.clone()
+        """By all warps. What another partition is about to store is NaN."""
+        partition, data = self._memory.partitions.running, self._in_order().clone()
+        known = partition.known.union(partition.own)
+        racing = [x for x in self._met() if x.kind == "store" and x not in known]
+        for access in racing:
+            start = access.place.start - self.place.start
+            data.view(-1)[max(start, 0) : start + len(access.place)] = torch.nan
+        partition.own.append(self.read(known.union(racing)))
+        return data
 
     def store(self, value: torch.Tensor) -> None:
+        """By all warps. It disturbs nobody where it leaves what is there: partitions may store the same."""
         assert (value.shape, value.dtype) == (self.data.shape, self.data.dtype)
         partition = self._memory.partitions.running
-        access = Access(self.place, is_write=True, is_fenced=False)
-        self.write(access, partition.known.union(partition.own))
-        partition.own.append(access)
-        self.data.copy_(value)
+        changed = (_bits(value) != _bits(self._in_order())).flatten().nonzero()
+        if len(changed):
+            start = self.place.start + int(changed[0])
+            access = Access("store", range(start, self.place.start + int(changed[-1]) + 1))
+            self.write(access, partition.known.union(partition.own))
+            self.data.copy_(value)
+        stored = [x for x in self._met() if x.kind == "store" and x not in partition.known]
+        for access in stored:
+            access.is_fenced = False
+        partition.own += stored
 
     def read(self, known: set[Access]) -> Access:
         """By somebody who knows of these accesses."""
-        for access in self.accesses:
-            if access.is_write and access.meets(self.place):
+        for access in self._met():
+            if access.kind != "read":
                 assert access in known, "read before it came"
                 access.is_used = True
-        self.accesses.append(Access(self.place, is_write=False))
+        self.accesses.append(Access("read", self.place))
         return self.accesses[-1]
 
     def write(self, write: Access, known: set[Access]) -> None:
-        old = [access for access in self.accesses if access.meets(self.place)]
-        assert all(access in known and access.is_used for access in old), "overwritten while it is needed"
-        inside = [x for x in old if x.place.start >= self.place.start and x.place.stop <= self.place.stop]
+        place = write.place
+        old = [x for x in self.accesses if x.meets(place)]
+        assert all(x in known and x.is_used for x in old), "overwritten while it is needed"
+        inside = [x for x in old if x.place.start >= place.start and x.place.stop <= place.stop]
         self.accesses[:] = [x for x in self.accesses if x not in inside] + [write]
+
+    def _met(self) -> list[Access]:
+        return [x for x in self.accesses if x.meets(self.place)]
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = x.as_subclass(torch.Tensor)
+    return whole.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
 class _Barrier:
@@ -97,7 +119,7 @@ class _Barrier:
 
     def __init__(self, partitions: Partitions) -> None:
         self._partitions = partitions
-        self._made = Access(range(0), is_write=True, is_fenced=False)
+        self._made = Access("store", range(0))
         self._known: set[Access] = set()  # by whoever waits for it
         self._arriving: set[Access] = set()  # will be, when this phase has ended
         self._phase = 0
@@ -132,7 +154,7 @@ class _Barrier:
 
     def load(self, target: _Tiles, data: torch.Tensor) -> None:
         known = self._check_seen().known
-        access = Access(target.place, is_write=True, is_used=False)
+        access = Access("load", target.place)
         target.write(access, known)
         self._loads.append((target, data, access))
 
@@ -140,7 +162,7 @@ class _Barrier:
         if not pred:
             return
         partition = self._check_seen()
-        self._partitions.wait_until(lambda: self._phase % 2 != phase or self._can_end(), repr(self))
+        self._partitions.wait_until(lambda: self._phase % 2 != phase or self._can_end(), self._describe)
         if self._phase % 2 == phase:
             self._end_phase()
         partition.known |= self._known
@@ -158,7 +180,7 @@ class _Barrier:
         self._phase += 1
         self._arrived, self._expected, self._loads, self._arriving = 0, 0, [], set()
 
-    def __repr__(self) -> str:
+    def _describe(self) -> str:
         return f"{self._arrived} of {self._count} arrived, {self._num_bytes()} bytes of {self._expected} come"
 
     def finish(self) -> None:
