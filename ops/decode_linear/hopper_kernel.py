@@ -57,12 +57,23 @@ def _fetch(
 
 
 @gluon.jit
-def _scale_and_bias(y, scale_ptr, bias_ptr, o_n, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """``load_scale_and_bias`` of vector_kernel."""
+    b_scale, b_bias = 1.0, 0.0
+    if HAS_SCALE:
+        b_scale = gl.load(scale_ptr + o_n)
+    if HAS_BIAS:
+        b_bias = gl.load(bias_ptr + o_n)
+    return b_scale, b_bias
+
+
+@gluon.jit
+def _scale_and_bias(y, b_scale, b_bias, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
     """``scale_and_bias`` of vector_kernel, for ``[N, ROWS]``."""
     if HAS_SCALE:
-        y *= gl.load(scale_ptr + o_n)[:, None]
+        y *= b_scale[:, None]
     if HAS_BIAS:
-        y += gl.load(bias_ptr + o_n).to(gl.float32)[:, None]
+        y += b_bias.to(gl.float32)[:, None]
     return y
 
 
@@ -132,6 +143,14 @@ def _decode_linear_hopper_kernel(
         b_power = gl.load(power_ptr + gl.minimum(o_r, B - 1))
     mbarrier.wait(x_came, 0)
     for item in range(0, items):
+        o_c = (first_tile + item * tile_stride) * CHANNELS + o_n
+        m_out = (o_r < B)[None, :] & (o_c < N)[:, None]
+        o_c = gl.minimum(o_c, N - 1)
+        # What follows the sums is on its way before them.
+        b_scale, b_bias = _load_scale_and_bias(scale_ptr, bias_ptr, o_c, HAS_SCALE, HAS_BIAS)
+        b_scale_up, b_bias_up = b_scale, b_bias
+        if SWIGLU:
+            b_scale_up, b_bias_up = _load_scale_and_bias(scale_ptr, bias_ptr, o_c + N, HAS_SCALE, HAS_BIAS)
         acc = b_zero
         for i in range(0, STEPS):
             step = item * STEPS + i
@@ -147,9 +166,6 @@ def _decode_linear_hopper_kernel(
             barrier()  # no warp reads the old weights any more
             _fetch(step + STAGES, total, order, weight_desc, ring, here, N, STEPS, STAGES, SWIGLU)
 
-        o_c = (first_tile + item * tile_stride) * CHANNELS + o_n
-        m_out = (o_r < B)[None, :] & (o_c < N)[:, None]
-        o_c = gl.minimum(o_c, N - 1)
         y = acc
         if HAS_PARTS:
             b_high, b_low = gl.split(gl.permute(gl.reshape(acc, [_M, 2, ROWS]), (0, 2, 1)))
@@ -161,11 +177,11 @@ def _decode_linear_hopper_kernel(
             y_up = gl.convert_layout(y_up, OUT)
             if HAS_PARTS:
                 y_up *= b_power[None, :]
-            y_up = _scale_and_bias(y_up, scale_ptr, bias_ptr, o_c + N, HAS_SCALE, HAS_BIAS)
+            y_up = _scale_and_bias(y_up, b_scale_up, b_bias_up, HAS_SCALE, HAS_BIAS)
         y = gl.convert_layout(y, OUT)
         if HAS_PARTS:
             y *= b_power[None, :]
-        y = _scale_and_bias(y, scale_ptr, bias_ptr, o_c, HAS_SCALE, HAS_BIAS)
+        y = _scale_and_bias(y, b_scale, b_bias, HAS_SCALE, HAS_BIAS)
         if SWIGLU:
             y = y / (1.0 + gl.exp(-y)) * y_up
         p_out = out_ptr + o_r.to(gl.int64)[None, :] * N + o_c[:, None]

@@ -72,26 +72,29 @@ def _halves_of_bytes(b_w, DOT: tl.constexpr, BY_HAND: tl.constexpr):
 
 
 @triton.jit
+def int4_scales(scale_ptr, o_n, k, K, WARPS: tl.constexpr, GROUP: tl.constexpr):
+    """``[WARPS, BLOCK_N]``, as stored: of each warp's group of columns from ``k`` on; zero past K."""
+    o_g = k // GROUP + tl.arange(0, WARPS)
+    p_scale = scale_ptr + o_n.to(tl.int64)[None, :] * (K // GROUP) + o_g[:, None]
+    return tl.load(p_scale, mask=(o_g < K // GROUP)[:, None], other=0.0)
+
+
+@triton.jit
 def int4_dot(
-    acc, weight_ptr, scale_ptr, o_n, b_even, b_odd, k, K,
+    acc, weight_ptr, b_scale, o_n, b_even, b_odd, k, K,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr, DOT: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """``acc [WARPS, BLOCK_N, ROWS]`` and the product of each warp's own group of columns from ``k`` on.
 
-    weight_ptr: bytes. b_even, b_odd: of x, ``[WARPS, GROUP / 2, ROWS]``, zero past K.
+    weight_ptr: bytes. b_scale: of ``int4_scales``. b_even, b_odd: of x, ``[WARPS, GROUP / 2, ROWS]``, zero past K.
     """
-    WARPS: tl.constexpr = acc.shape[0]
-    o_w = tl.arange(0, WARPS)
+    o_w = tl.arange(0, acc.shape[0])
     o_b = k // 2 + o_w[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
-    o_g = k // GROUP + o_w
     p_w = weight_ptr + o_n.to(tl.int64)[None, :, None] * (K // 2) + o_b[:, None, :]
-    p_scale = scale_ptr + o_n.to(tl.int64)[None, :] * (K // GROUP) + o_g[:, None]
     if EVEN_K:
         b_w = tl.load(p_w, eviction_policy="evict_first")
-        b_scale = tl.load(p_scale)
     else:
         b_w = tl.load(p_w, mask=(o_b < K // 2)[:, None, :], other=0, eviction_policy="evict_first")
-        b_scale = tl.load(p_scale, mask=(o_g < K // GROUP)[:, None], other=0.0)
     b_first, b_second = _halves_of_bytes(b_w, DOT, BY_HAND)
     b_sum = tl.dot(b_first, b_even, input_precision="ieee")
     b_sum = tl.dot(b_second, b_odd, b_sum, input_precision="ieee")

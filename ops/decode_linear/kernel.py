@@ -15,8 +15,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.decode_linear.int4_kernel import even_and_odd, int4_dot
-from fastdms.ops.decode_linear.vector_kernel import decode_vector, fits, group_and_bits, scale_and_bias
+from fastdms.ops.decode_linear.int4_kernel import even_and_odd, int4_dot, int4_scales
+from fastdms.ops.decode_linear.vector_kernel import (
+    decode_vector,
+    fits,
+    group_and_bits,
+    load_scale_and_bias,
+    scale_and_bias,
+)
 from fastdms.ops.triton_common import dependent_launch, dot_dtype, on_hopper, power_of_two
 
 _PREFETCH_BYTES = 32768  # of its weights that a program asks for while earlier kernels still run
@@ -75,6 +81,8 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
         return Tile(channels=64, depth=min(256, most), warps=4, stages=4)
     if n > 2**11:
         return Tile(channels=32, depth=min(512, most), warps=4, stages=4)
+    if bits == 8 and k > 2**12:
+        return Tile(channels=16, depth=512, warps=4, stages=9)
     return Tile(channels=16, depth=min(1024, most), warps=4, stages=4 if bits == 16 else 5)
 
 
@@ -190,8 +198,6 @@ def _decode_linear_kernel(
             weight_ptr, first, N - 1, N, K * (4 if GROUP else weight_ptr.dtype.element_ty.primitive_bitwidth) // 8,
             2 * BLOCK_N if SWIGLU else BLOCK_N, PREFETCH, 32 * WARPS, SWIGLU,
         )  # fmt: skip
-    if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
-        gdc_wait()
     PART_K: tl.constexpr = BLOCK_K // WARPS
     o_r = tl.arange(0, ROWS)
     o_k = tl.arange(0, WARPS)[:, None] * PART_K + tl.arange(0, PART_K)[None, :]  # [WARPS, PART_K]
@@ -200,19 +206,37 @@ def _decode_linear_kernel(
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     o_n = tl.minimum(o_n, N - 1)
+    m_out = m_r[:, None] & m_n[None, :]
+    # A group's scales are on their way a step ahead, and what follows the sums before them.
+    b_group, b_group_up = 0.0, 0.0
+    if GROUP > 0:
+        b_group = int4_scales(scale_ptr, o_n, 0, K, WARPS, GROUP)
+        if SWIGLU:
+            b_group_up = int4_scales(scale_ptr, o_n + N, 0, K, WARPS, GROUP)
+    b_scale, b_bias = load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    b_scale_up, b_bias_up = b_scale, b_bias
+    if SWIGLU:
+        b_scale_up, b_bias_up = load_scale_and_bias(scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+    if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
+        gdc_wait()
+    if HAS_POWER:
+        b_power = tl.load(power_ptr + o_r)[:, None]
+    if HAS_RESIDUAL:
+        p_residual = residual_ptr + o_r.to(tl.int64)[:, None] * stride_residual_row + o_n[None, :]
+        b_residual = tl.load(p_residual, mask=m_out, other=0.0)
     acc = tl.zeros([WARPS, BLOCK_N, ROWS], tl.float32)
     acc_up = tl.zeros([WARPS, BLOCK_N, ROWS], tl.float32)
     for k in range(0, K, BLOCK_K):
         b_x = _load_rows(x_ptr, stride_x_row, o_r, o_k, k, K, EVEN_K).to(DOT)
         if GROUP > 0:
             b_even, b_odd = even_and_odd(b_x)
-            acc = int4_dot(
-                acc, weight_ptr, scale_ptr, o_n, b_even, b_odd, k, K, GROUP, EVEN_K, DOT, BY_HAND
-            )  # fmt: skip
+            acc = int4_dot(acc, weight_ptr, b_group, o_n, b_even, b_odd, k, K, GROUP, EVEN_K, DOT, BY_HAND)
+            b_group = int4_scales(scale_ptr, o_n, k + BLOCK_K, K, WARPS, GROUP)
             if SWIGLU:
                 acc_up = int4_dot(
-                    acc_up, weight_ptr, scale_ptr, o_n + N, b_even, b_odd, k, K, GROUP, EVEN_K, DOT, BY_HAND
+                    acc_up, weight_ptr, b_group_up, o_n + N, b_even, b_odd, k, K, GROUP, EVEN_K, DOT, BY_HAND
                 )  # fmt: skip
+                b_group_up = int4_scales(scale_ptr, o_n + N, k + BLOCK_K, K, WARPS, GROUP)
         else:
             b_w = _to_dot(_load_weights(weight_ptr, o_n, o_k, k, K, EVEN_K), DOT)
             acc = tl.dot(b_w, b_x, acc, input_precision="ieee")
@@ -222,17 +246,14 @@ def _decode_linear_kernel(
     acc = tl.trans(tl.sum(acc, 0))  # [ROWS, BLOCK_N]
     acc_up = tl.trans(tl.sum(acc_up, 0))
     if HAS_POWER:
-        b_power = tl.load(power_ptr + o_r)[:, None]
         acc *= b_power
         acc_up *= b_power
-    acc = scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    acc = scale_and_bias(acc, b_scale, b_bias, HAS_SCALE, HAS_BIAS)
     if SWIGLU:
-        acc_up = scale_and_bias(acc_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+        acc_up = scale_and_bias(acc_up, b_scale_up, b_bias_up, HAS_SCALE, HAS_BIAS)
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-    m_out = m_r[:, None] & m_n[None, :]
     if HAS_RESIDUAL:
-        p_residual = residual_ptr + o_r.to(tl.int64)[:, None] * stride_residual_row + o_n[None, :]
-        acc += tl.load(p_residual, mask=m_out, other=0.0).to(tl.float32)
+        acc += b_residual.to(tl.float32)
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * N + o_n[None, :]
     tl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=m_out)
 
@@ -317,7 +338,7 @@ def decode_linear(
         normed = x.new_empty((2 * low or rows, k), dtype=dtype)
         _norm_kernel[(rows,)](
             x, norm, normed, power, x.stride(0), k, norm_eps, low, BLOCK_K=triton.next_power_of_2(k), FORM=form,
-            num_warps=min(16, triton.next_power_of_2(triton.cdiv(k, 1024))), **dependent,
+            num_warps=min(16, triton.next_power_of_2(triton.cdiv(k, 512))), **dependent,
         )  # fmt: skip
         if hopper:
             hopper.decode_hopper(normed, power, weight, scale, bias, out, swiglu)

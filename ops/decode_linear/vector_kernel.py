@@ -112,35 +112,54 @@ def _by_column(words, DTYPE: tl.constexpr, BY_HAND: tl.constexpr = True):
 
 
 @triton.jit
-def _load_row(ptr, first, words, BLOCK: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
-    """Columns of x or norm that go with the weights in the BLOCK words from ``first`` on; zero past ``words`` words.
+def _load_pieces(ptr, first, words, BLOCK: tl.constexpr, PIECES: tl.constexpr, EVEN: tl.constexpr):
+    """What of x or norm goes with the weights in the BLOCK words from ``first`` on; zero past ``words`` words.
 
     A number here takes PIECES times the bytes of a weight, and each thread as many loads.
     """
     o_w = tl.arange(0, BLOCK)
-    columns = ()
+    pieces = ()
     for i in tl.static_range(PIECES):
         at = first * PIECES + o_w // 4 * (4 * PIECES) + 4 * i + o_w % 4
-        piece = tl.load(ptr + at) if EVEN else tl.load(ptr + at, mask=at < words * PIECES, other=0)
-        columns += _by_column(piece, DTYPE)
+        pieces += (tl.load(ptr + at) if EVEN else tl.load(ptr + at, mask=at < words * PIECES, other=0),)
+    return pieces
+
+
+@triton.jit
+def _columns_of(pieces, DTYPE: tl.constexpr):
+    """The numbers in ``pieces``, in the order of the weights' columns."""
+    columns = ()
+    for i in tl.static_range(len(pieces)):
+        columns += _by_column(pieces[i], DTYPE)
     return columns
 
 
 @triton.jit
 def _load_scales(scale_ptr, o_n, first, words, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """``[BLOCK_N, BLOCK / 4]``: the scales of the int4 weights in each four of the BLOCK words from ``first`` on."""
+    """``[BLOCK_N, BLOCK / 4]``, as stored: scales of the int4 weights in each four of the BLOCK words from ``first`` on."""
     o_w = first + 4 * tl.arange(0, BLOCK // 4)
     p_scale = scale_ptr + o_n.to(tl.int64)[:, None] * (words * 8 // GROUP) + (o_w * 8 // GROUP)[None, :]
-    return tl.load(p_scale, mask=(o_w < words)[None, :], other=0.0).to(tl.float32)
+    return tl.load(p_scale, mask=(o_w < words)[None, :], other=0.0)
 
 
 @triton.jit
-def scale_and_bias(acc, scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """``acc`` has the output channels ``o_n`` in its last dim."""
+def load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Of the output channels ``o_n``, as stored; 1 and 0 where there are none."""
+    b_scale, b_bias = 1.0, 0.0
     if HAS_SCALE:
-        acc *= tl.load(scale_ptr + o_n)
+        b_scale = tl.load(scale_ptr + o_n)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + o_n).to(tl.float32)
+        b_bias = tl.load(bias_ptr + o_n)
+    return b_scale, b_bias
+
+
+@triton.jit
+def scale_and_bias(acc, b_scale, b_bias, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """``acc`` has the output channels in its last dim."""
+    if HAS_SCALE:
+        acc *= b_scale
+    if HAS_BIAS:
+        acc += b_bias.to(tl.float32)
     return acc
 
 
@@ -188,8 +207,24 @@ def _decode_vector_kernel(
     b_up = b_w
     if SWIGLU:
         b_up = tl.load(p_up, mask=(o_w < words)[None, :], other=0, eviction_policy="evict_first")
+    b_group, b_group_up = 0.0, 0.0
+    if GROUP > 0:
+        b_group = _load_scales(scale_ptr, o_n, 0, words, BLOCK_W, GROUP)
+        b_group_up = b_group
+        if SWIGLU:
+            b_group_up = _load_scales(scale_ptr, o_n + N, 0, words, BLOCK_W, GROUP)
+    norms = ()
+    if HAS_NORM:
+        norms = _load_pieces(norm_ptr, 0, words, BLOCK_W, PIECES, False)
+    # What follows the sums is on its way before them, too.
+    b_scale, b_bias = load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    b_scale_up, b_bias_up = b_scale, b_bias
+    if SWIGLU:
+        b_scale_up, b_bias_up = load_scale_and_bias(scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
+    if HAS_RESIDUAL:
+        b_residual = tl.load(residual_ptr + o_n)
     b_sum = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
     b_sum_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
     b_squares = tl.zeros([BLOCK_W // 4], tl.float32)
@@ -201,10 +236,16 @@ def _decode_vector_kernel(
         if SWIGLU:
             columns_up = _by_column(b_up, W_DTYPE, BY_HAND)
             b_up = tl.load(p_up + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
-        x = _load_row(x_ptr, first, words, BLOCK_W, PIECES, EVEN, X_DTYPE)
+        scales, scales_up = b_group, b_group_up
+        if GROUP > 0:
+            b_group = _load_scales(scale_ptr, o_n, first + BLOCK_W, words, BLOCK_W, GROUP)
+            if SWIGLU:
+                b_group_up = _load_scales(scale_ptr, o_n + N, first + BLOCK_W, words, BLOCK_W, GROUP)
+        x = _columns_of(_load_pieces(x_ptr, first, words, BLOCK_W, PIECES, EVEN), X_DTYPE)
         norm = x
         if HAS_NORM:
-            norm = _load_row(norm_ptr, first, words, BLOCK_W, PIECES, EVEN, X_DTYPE)
+            norm = _columns_of(norms, X_DTYPE)
+            norms = _load_pieces(norm_ptr, first + BLOCK_W, words, BLOCK_W, PIECES, False)
         b_part, b_part_up = b_sum, b_sum_up
         if GROUP > 0:
             b_part, b_part_up = tl.zeros_like(b_sum), tl.zeros_like(b_sum)
@@ -217,9 +258,9 @@ def _decode_vector_kernel(
             if SWIGLU:
                 b_part_up += columns_up[i] * b_x[None, :]
         if GROUP > 0:
-            b_sum += b_part * _load_scales(scale_ptr, o_n, first, words, BLOCK_W, GROUP)
+            b_sum += b_part * scales.to(tl.float32)
             if SWIGLU:
-                b_sum_up += b_part_up * _load_scales(scale_ptr, o_n + N, first, words, BLOCK_W, GROUP)
+                b_sum_up += b_part_up * scales_up.to(tl.float32)
         else:
             b_sum, b_sum_up = b_part, b_part_up
     y = tl.sum(b_sum, 1)
@@ -228,12 +269,12 @@ def _decode_vector_kernel(
         inverse = 1.0 / tl.sqrt_rn(tl.sum(b_squares, 0) / K + norm_eps)
         y *= inverse
         y_up *= inverse
-    y = scale_and_bias(y, scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
+    y = scale_and_bias(y, b_scale, b_bias, HAS_SCALE, HAS_BIAS)
     if SWIGLU:
-        y_up = scale_and_bias(y_up, scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+        y_up = scale_and_bias(y_up, b_scale_up, b_bias_up, HAS_SCALE, HAS_BIAS)
         y = y / (1.0 + tl.exp(-y)) * y_up
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + o_n).to(tl.float32)
+        y += b_residual.to(tl.float32)
     tl.store(out_ptr + o_out, y.to(out_ptr.dtype.element_ty), mask=o_out < N)
 
 
