@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from fastdms.ops.gluon_common import add, barrier, load_tile, registers
 
@@ -94,9 +95,15 @@ def _accumulate(tile, b_w, b_old, b_acc, ring, ACC: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def _load_until(o_n, is_late, num_late, stop, p_late, p_until):
-    """The last query that sees each key: late ones, or the chunk's own."""
-    return gl.load(gl.where(is_late, p_late, p_until) + o_n, mask=o_n < gl.where(is_late, num_late, stop), other=-1)
+def _load_until(tile, lasts, o_n):
+    """The last query that sees each key of a flagged tile: late keys, or the chunk's own."""
+    packed, late, flagged, num_late, band, stop, p_late, p_until = lasts
+    BLOCK_N: gl.constexpr = o_n.shape[0]
+    is_late = tile < late
+    o_k = (tile - gl.where(is_late, packed, late)) * BLOCK_N + gl.where(is_late, 0, band) + o_n
+    end = gl.where(is_late, num_late, stop)
+    m_n = (tile >= packed) & (tile < flagged) & (o_k < end)
+    return gl.load(gl.where(is_late, p_late, p_until) + o_k, mask=m_n, other=-1)
 
 
 @gluon.jit(do_not_specialize=["num_chunks", "tokens"])
@@ -126,6 +133,7 @@ def _attend_hopper_kernel(
     BLOCK_R: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """What ``_attend_kernel`` does; packed tiles and their tail come first, then late ones, then the band's in order.
@@ -145,6 +153,8 @@ def _attend_hopper_kernel(
     i_h = gl.program_id(1)
     pid = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest first
     i_b, block, begin, end = _find_chunk(pid, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
+    if DEPENDENT:
+        gdc_wait()
     if i_b == num_chunks:  # the tokens after the last row's: padding
         begin = gl.load(chunk_indptr_ptr + num_chunks)
         end = tokens
@@ -203,6 +213,13 @@ def _attend_hopper_kernel(
         _wait(0, total, k_here, STAGES)
         b_x = warpgroup_mma_wait(0, [_scores(0, b_q, ring, X, STAGES)])
 
+        # Of tokens in the ring and of the chunk's own: the last query that sees them, loaded a tile ahead.
+        p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
+        p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
+        o_n = gl.arange(0, BLOCK_N, FLAT)
+        lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
+        b_until = _load_until(whole, lasts, o_n)
+
         b_acc = warpgroup_mma_init(b_acc)
         for tile in range(0, whole):
             _wait(tile + 1, total, k_here, STAGES)
@@ -214,25 +231,20 @@ def _attend_hopper_kernel(
             _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
             b_x = warpgroup_mma_wait(1, [b_next])
 
-        # Of tokens in the ring and of the chunk's own: the last query that sees them.
-        p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
-        p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
         query = first_query + gl.arange(0, BLOCK_R, ROWS) // G
-        o_n = gl.arange(0, BLOCK_N, FLAT)
         for tile in range(whole, total):
             _wait(tile + 1, total, k_here, STAGES)
             _wait(tile, total, v_here, STAGES)
             # The tile's first key, counted among those of its kind, and how many of them there are from it on.
             first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
             num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
+            b_ahead = _load_until(tile + 1, lasts, o_n)
             if (tile < flagged) | (tile >= clear):
                 # A key is visible if its row's number is no more than its column's: the query and the last one that
                 # sees the key, or, both negative, the query and the key.
-                o_k = first + gl.where(tile < late, 0, band) + o_n
-                if (tile >= packed) & (tile < flagged):
-                    b_column = _load_until(o_k, tile < late, num_late, stop, p_late, p_until)
-                else:
-                    b_column = gl.where(tile < packed, gl.where(o_n < num_keys, _FOREVER, -1), -o_k)
+                b_column = b_until
+                if (tile < packed) | (tile >= flagged):
+                    b_column = gl.where(tile < packed, gl.where(o_n < num_keys, _FOREVER, -1), -(first + band + o_n))
                 b_column = gl.convert_layout(b_column, COLUMNS)
                 b_row = gl.where(tile < flagged, query, -query)
                 b_x = gl.where(b_row[:, None] <= b_column[None, :], b_x, float("-inf"))
@@ -240,6 +252,7 @@ def _attend_hopper_kernel(
                     b_from = gl.where(tile < late, -1, first + band) + gl.arange(0, BLOCK_N, COLUMNS)
                     b_row = gl.where(tile < late, _FOREVER, query)
                     b_x = gl.where(b_from[None, :] <= b_row[:, None], b_x, float("-inf"))
+            b_until = b_ahead
             b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
             b_acc = warpgroup_mma_wait(0, [b_acc])
             # Rows after these keys are someone else's or nobody's, and a weight of zero leaves a NaN.
@@ -298,7 +311,10 @@ def attend(
     lists: torch.Tensor, kept_before: torch.Tensor, until: torch.Tensor, packed_k: torch.Tensor,
     packed_v: torch.Tensor, out: torch.Tensor, num_chunks: int, scale_log2: float, **shared: int,
 ) -> None:  # fmt: skip
-    """What ``_attend_kernel`` does, of inputs that ``is_supported``; shared: B, HKV and WINDOW of it."""
+    """What ``_attend_kernel`` does, of inputs that ``is_supported``.
+
+    shared: B, HKV and WINDOW of it, and what ``dependent_launch`` gives.
+    """
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group, tile = num_heads // num_kv_heads, hopper_tile(head_dim)

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdms.ops.prefill_attention.attend_kernel import _attend_kernel
 from fastdms.ops.prefill_attention.pack_kernel import _pack_kernel, _plan_kernel
-from fastdms.ops.triton_common import LOG2_E, dot_dtype, element_strides, on_hopper
+from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype, element_strides, on_hopper
 
 _TILE = 64  # tokens or slots that a program packs at a time
 _RING_TILE = 1024  # tokens of the window that a program plans at a time
@@ -113,15 +113,16 @@ def _attend_rows(
     shared = {"B": triton.next_power_of_2(num_chunks + 1), "HKV": num_kv_heads, "WINDOW": window}
     sizes = {"SHIFT": shift, "TILE": _TILE}
     block_w = min(_RING_TILE, triton.next_power_of_2(window + 1))
+    dependent = dependent_launch(q.device)
     _plan_kernel[(num_tiles, num_kv_heads)](
         flags, positions, rows, chunk_indptr, live_len, ring, counts, plan, lists, num_chunks,
-        BLOCK_H=triton.next_power_of_2(num_kv_heads), BLOCK_W=block_w, **shared, **sizes,
+        BLOCK_H=triton.next_power_of_2(num_kv_heads), BLOCK_W=block_w, **shared, **sizes, **dependent,
     )  # fmt: skip
     _pack_kernel[(num_tiles + num_chunks * parts, num_kv_heads)](
         k, v, flags, rows, chunk_indptr, k_pages, v_pages, k_scales, v_scales, page_table, counts, plan, lists,
         packed_k, packed_v, kept_before, until, *element_strides(k, v), num_chunks, tokens, num_tiles, parts, max_pages,
         D=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_W=min(32, block_w),
-        HAS_SCALES=k_scales.numel() > 0, **shared, **sizes,
+        HAS_SCALES=k_scales.numel() > 0, **shared, **sizes, **dependent,
     )  # fmt: skip
     if on_hopper(q.device):
         from fastdms.ops.prefill_attention import hopper_kernel  # Gluon only where it is used
@@ -129,7 +130,7 @@ def _attend_rows(
         if hopper_kernel.is_supported(q, k, v):
             hopper_kernel.attend(
                 q, k, v, chunk_indptr, plan, lists, kept_before, until, packed_k, packed_v, out, num_chunks,
-                sm_scale * LOG2_E, **shared,
+                sm_scale * LOG2_E, **shared, **dependent,
             )  # fmt: skip
             return
     tile = attend_tile(group, head_dim, packed_k.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.triton_common import find_chunk
 
@@ -121,10 +122,14 @@ def _plan_kernel(
     SHIFT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """counts[head, tile] = tokens of the tile that are not flagged; a chunk's first tile also plans the span."""
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     i_b, tile, begin, end = find_chunk(i_tile, chunk_indptr_ptr, num_chunks, B, TILE)
     if i_b < num_chunks:
         o_t = begin + tile * TILE + tl.arange(0, TILE)
@@ -176,6 +181,7 @@ def _pack_kernel(
     TILE: tl.constexpr,
     BLOCK_W: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """packed[base + r] = old row r, then the chunk's tokens that are not flagged in order, at the end the late ones.
 
@@ -186,6 +192,9 @@ def _pack_kernel(
     i_h = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < D)[None, :]
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     if i_tile < num_tiles:
         i_b, tile, begin, end = find_chunk(i_tile, chunk_indptr_ptr, num_chunks, B, TILE)
         if i_b < num_chunks:
