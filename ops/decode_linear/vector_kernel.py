@@ -136,7 +136,7 @@ def _columns_of(pieces, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_scales(scale_ptr, o_n, first, words, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """``[BLOCK_N, BLOCK / 4]``, as stored: scales of the int4 weights in each four of the BLOCK words from ``first`` on."""
+    """``[BLOCK_N, BLOCK / 4]``, as stored: scales of the int4 weights in every four words from ``first`` on."""
     o_w = first + 4 * tl.arange(0, BLOCK // 4)
     p_scale = scale_ptr + o_n.to(tl.int64)[:, None] * (words * 8 // GROUP) + (o_w * 8 // GROUP)[None, :]
     return tl.load(p_scale, mask=(o_w < words)[None, :], other=0.0)
