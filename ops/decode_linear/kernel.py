@@ -69,9 +69,13 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
     if bits == 4:
         if n > 2**12 and not swiglu:
             return Tile(channels=32, depth=8 * group, warps=8, stages=3)
+        if swiglu:
+            return Tile(channels=16, depth=4 * group, warps=4, stages=3)
         if k > 2**12:
-            return Tile(channels=16, depth=8 * group, warps=8, stages=3)
-        return Tile(channels=16, depth=4 * group, warps=4, stages=3 if swiglu else 5)
+            return Tile(channels=16, depth=8 * group, warps=8, stages=7)
+        if n > 2**11:
+            return Tile(channels=16, depth=4 * group, warps=4, stages=4)
+        return Tile(channels=16, depth=8 * group, warps=8, stages=3)
     most = max(64, triton.next_power_of_2(k))
     if swiglu and bits == 16:
         return Tile(channels=32, depth=min(256, most), warps=4, stages=4)
@@ -80,10 +84,10 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
     if n > 2**12:
         return Tile(channels=64, depth=min(256, most), warps=4, stages=4)
     if n > 2**11:
-        return Tile(channels=32, depth=min(512, most), warps=4, stages=4)
-    if bits == 8 and k > 2**12:
-        return Tile(channels=16, depth=512, warps=4, stages=9)
-    return Tile(channels=16, depth=min(1024, most), warps=4, stages=4 if bits == 16 else 5)
+        return Tile(channels=32, depth=min(512, most), warps=4, stages=4 if bits == 16 else 6)
+    if bits == 16:
+        return Tile(channels=16, depth=min(1024, most), warps=4, stages=4)
+    return Tile(channels=16, depth=min(512, most), warps=4, stages=9 if k > 2**12 else 6)
 
 
 def _stages(cut: Tile, column_bits: int, device: torch.device) -> int:

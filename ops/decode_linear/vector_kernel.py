@@ -54,9 +54,13 @@ def tile(n: int, k: int, bits: int, swiglu: bool) -> Tile:
     """The cut for ``n`` output channels of ``k`` weights, ``bits`` each, that measured best (``docs/lab-notes.md``):
     where a row of weights is long or channels are few, more warps share a row."""
     if bits == 4:
-        return Tile(channels=8 if n >= 2**14 else 4, warps=1 if n >= 2**13 else 2 if k <= 2**11 else 8)
+        if n >= 2**13:
+            return Tile(channels=8, warps=1)
+        if k > 2**11:
+            return Tile(channels=4, warps=4, loads=2)
+        return Tile(channels=4 if n > 2**11 else 2, warps=2)
     if swiglu:
-        return Tile(channels=4, warps=2) if bits == 8 else Tile(channels=2, warps=2, loads=4)
+        return Tile(channels=4, warps=1) if bits == 8 else Tile(channels=2, warps=2, loads=4)
     if n >= 2**13:
         return Tile(channels=4, warps=1) if bits == 8 else Tile(channels=4, warps=1, loads=2)
     if k >= 2**13:
