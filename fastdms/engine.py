@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from fastdms.config import CHUNKS_AHEAD, dense_chunk, dense_tokens
+from fastdms.ops import NOT_FINITE
 from fastdms.request import Request
-from fastdms.runner import NOT_FINITE, STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
+from fastdms.runner import STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
 
 __all__ = ["Engine"]
 

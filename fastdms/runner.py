@@ -24,11 +24,9 @@ from fastdms.graphs import (
 )
 from fastdms.ops import dense_kernel, sample
 
-__all__ = ["NOT_FINITE", "STARVED", "Flight", "HistoryError", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
+__all__ = ["STARVED", "Flight", "HistoryError", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
 
-# In place of a sampled token.
-STARVED = -1  # the row found no page in this step or an earlier one
-NOT_FINITE = -2  # its logits are not finite
+STARVED = -1  # in place of a token, beside NOT_FINITE: the row found no page in this step or an earlier one
 
 
 @contextmanager
@@ -240,7 +238,7 @@ def _state(decoder: Decoder, cache: CompactCache) -> dict[str, torch.Tensor]:
 
 
 def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, ends = sample(
+    return sample(
         logits,
         temperature=inputs.temperature,
         top_k=inputs.top_k,
@@ -254,4 +252,3 @@ def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> 
         count_rows=inputs.count_rows,
         counts=counts,
     )
-    return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE), ends  # amax hands NaN on

@@ -10,13 +10,14 @@ from fastdms.ops.prefill_attention import prefill_attention
 from fastdms.ops.prefill_rope import prefill_rope
 from fastdms.ops.release import release
 from fastdms.ops.rope_decide import decision_constants
-from fastdms.ops.sample import count_tokens, sample
+from fastdms.ops.sample import NOT_FINITE, count_tokens, sample
 from fastdms.ops.soft_attention import soft_attention
 from fastdms.ops.span_cache import KV_DTYPES, SpanCache
 
 __all__ = [
     "KV_DTYPES",
     "MOST_ROWS",
+    "NOT_FINITE",
     "SpanCache",
     "count_tokens",
     "decision_constants",

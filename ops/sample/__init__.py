@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fastdms.ops.sample import schema as _schema  # noqa: F401  (defines the op)
 from fastdms.ops.sample.counts import count_tokens
+from fastdms.ops.sample.schema import NOT_FINITE  # defines the op
 
-__all__ = ["count_tokens", "sample"]
+__all__ = ["NOT_FINITE", "count_tokens", "sample"]
 
 
 def sample(
@@ -27,14 +27,15 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``[B]`` int64 token ids from ``logits [B, V]`` fp32, and ``[B]`` bool, which of them end their rows.
 
-    Row b depends on row b's inputs alone.
+    Row b depends on row b's inputs alone. Its token is ``NOT_FINITE`` if the largest of its logits, as they are given,
+    is infinite, or one of them NaN; an arbitrary id is counted all the same, and may be said to end it.
 
     temperature: ``[B]`` fp32; 0 takes the largest logit (the lowest id among equals) and ignores the next four.
     top_k: ``[B]`` int32, 0 off: keeps logits >= the k-th largest. top_p: ``[B]`` fp32: of what is left, keeps token i
         iff the probability of all tokens more likely than i is below top_p. min_p: ``[B]`` fp32 in
         [0, 1]: keeps p_i >= min_p * max p, compared as logarithms: 1 keeps the largest logits alone, however hot.
         Equal logits are kept or dropped together, and the likeliest token always stays.
-        A row whose largest logit is NaN or infinite, be it by its penalties, gives an arbitrary id.
+        A row whose largest logit becomes NaN or infinite by its penalties or bans gives an arbitrary id.
     seeds: ``[B]`` int64 >= 0. positions: ``[B]`` int32, the position the token will have. The choice is
         argmax(log p_i - log e_i) with exponential e_i from Philox4x32-10, keyed by the seed, at counter
         (i, position, 0, 0), so a request repeats itself whatever runs beside it.

@@ -13,11 +13,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.sample.counts import MOST_COUNTED
 from fastdms.ops.sample.reference import LARGEST_UNIFORM
+from fastdms.ops.sample.schema import NOT_FINITE
 
 PARTS = tl.constexpr(16)  # of the vocabulary
 WAYS = tl.constexpr(16)  # that a search branches at once
 _MOST_COUNTED = tl.constexpr(MOST_COUNTED)
 _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
@@ -124,6 +126,7 @@ def _smallest_within(
 
 @triton.jit
 def _draw_kernel(
+    largest_ptr,
     best_ptr,
     tokens_ptr,
     temperature_ptr,
@@ -155,7 +158,8 @@ def _draw_kernel(
     """argmax_i log p_i - log e_i over the kept i; scratch's x_i become the distances (max - x_i) / temperature.
 
     Top-k, top-p and min-p each bound the distance; min-p by -log(min_p), for near the maximum exp rounds to 1.
-    The token is counted where its row's tokens are, and ends the row if it is one of the ids that do.
+    The token is counted where its row's tokens are, and ends the row if it is one of the ids that do; out is NOT_FINITE
+    in its place if the largest logit is infinite.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -168,6 +172,7 @@ def _draw_kernel(
     o_block = tl.arange(0, BLOCK)
     o_s = tl.arange(0, SLICES)
     m_s = o_s < num_slices
+    slice_largest = tl.load(largest_ptr + i_b * num_slices + o_s, mask=m_s, other=-float("inf"))
     slice_best = tl.load(best_ptr + i_b * num_slices + o_s, mask=m_s, other=-float("inf"))
     slice_token = tl.load(tokens_ptr + i_b * num_slices + o_s, mask=m_s, other=0)
     o_e = tl.arange(0, END_IDS)
@@ -238,7 +243,8 @@ def _draw_kernel(
             token = tl.min(tl.where(scores == tl.max(scores, 0), tokens, vocab), 0)
         token = tl.where(token < vocab, token, 0)  # all scores are -inf or NaN
     if i_p == 0:
-        tl.store(out_ptr + i_b, token.to(tl.int64))
+        is_finite = tl.abs(tl.max(slice_largest, 0)) < float("inf")
+        tl.store(out_ptr + i_b, tl.where(is_finite, token, _NOT_FINITE).to(tl.int64))
         is_end_id = tl.max((end_ids == token).to(tl.int32), 0) > 0
         tl.store(ends_ptr + i_b, is_end_id & (position + 1 >= banned_until))
         if count_row >= 0:

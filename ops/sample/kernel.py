@@ -26,6 +26,7 @@ def _best_kernel(
     count_rows_ptr,
     counts_ptr,
     scratch_ptr,
+    largest_ptr,
     best_ptr,
     tokens_ptr,
     meetings_ptr,
@@ -36,9 +37,9 @@ def _best_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """best, token = max x_i, argmax x_i over the slice's i; scratch holds x, penalised, and -inf where i is banned.
-    Programs of the row have met 0 times.
+    largest: of the logits as they are given, inf if one is NaN. Programs of the row have met 0 times.
 
-    NaN counts as -inf here, so that best equals itself and token is an id whatever the logits.
+    For best NaN counts as -inf, so that it equals itself and token is an id whatever the logits.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -47,7 +48,8 @@ def _best_kernel(
     i_s = tl.program_id(1)
     o_v = i_s * BLOCK + tl.arange(0, BLOCK)
     m_v = o_v < vocab
-    x = tl.load(logits_ptr + i_b * stride_logits_row + o_v, mask=m_v, other=-float("inf"))
+    logits = tl.load(logits_ptr + i_b * stride_logits_row + o_v, mask=m_v, other=-float("inf"))
+    x = logits
     # All before the first branch, so that none waits for another.
     count_row = tl.load(count_rows_ptr + i_b).to(tl.int64)
     position = tl.load(positions_ptr + i_b)
@@ -69,8 +71,10 @@ def _best_kernel(
     drawn = tl.where(temperature > 0.0, vocab, 0)  # the others are done with the largest
     tl.store(scratch_ptr + i_b * vocab + o_v, x, mask=o_v < drawn)
     best, token = tl.max(tl.where(x == x, x, -float("inf")), 0, return_indices=True)
+    largest = tl.max(tl.where(logits == logits, logits, float("inf")), 0)
     tl.store(meetings_ptr + i_b, 0, mask=i_s == 0)
     partial = i_b * tl.num_programs(1) + i_s
+    tl.store(largest_ptr + partial, largest)
     tl.store(best_ptr + partial, best)
     tl.store(tokens_ptr + partial, i_s * BLOCK + token)
 
@@ -100,19 +104,21 @@ def sample(
     block = min(4096, triton.next_power_of_2(vocab))
     slices = triton.cdiv(vocab, block)
     scratch = logits.new_empty((batch, vocab))
-    best, tokens = logits.new_empty((batch, slices)), logits.new_empty((batch, slices), dtype=torch.int32)
+    largest, best = logits.new_empty((batch, slices)), logits.new_empty((batch, slices))
+    tokens = logits.new_empty((batch, slices), dtype=torch.int32)
     programs = _draw_programs(batch, logits.device)
     meetings = logits.new_empty(batch, dtype=torch.int32)
     sums = logits.new_empty((batch, 2, PARTS.value, WAYS.value))
     drawn, drawn_tokens = logits.new_empty((batch, programs)), tokens.new_empty((batch, programs))
     dependent = dependent_launch(logits.device)
     _best_kernel[(batch, slices)](
-        logits, temperature, positions, end_ids, banned_until, penalties, count_rows, counts, scratch, best, tokens,
-        meetings, logits.stride(0), vocab, num_end_ids, BLOCK=block, num_warps=8, enable_fp_fusion=False, **dependent,
+        logits, temperature, positions, end_ids, banned_until, penalties, count_rows, counts, scratch, largest, best,
+        tokens, meetings, logits.stride(0), vocab, num_end_ids, BLOCK=block, num_warps=8, enable_fp_fusion=False,
+        **dependent,
     )  # fmt: skip
     _draw_kernel[(batch, programs)](
-        best, tokens, temperature, top_k, top_p, min_p, seeds, positions, end_ids, banned_until, count_rows, counts,
-        scratch, meetings, sums, drawn, drawn_tokens, out, ends, vocab, slices, num_end_ids,
+        largest, best, tokens, temperature, top_k, top_p, min_p, seeds, positions, end_ids, banned_until, count_rows,
+        counts, scratch, meetings, sums, drawn, drawn_tokens, out, ends, vocab, slices, num_end_ids,
         SLICES=triton.next_power_of_2(slices), END_IDS=triton.next_power_of_2(max(1, num_end_ids)), PROGRAMS=programs,
         BLOCK=min(1024, block), num_warps=8, **dependent,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import torch
 
 from fastdms.ops.sample.counts import MOST_COUNTED
+from fastdms.ops.sample.schema import NOT_FINITE
 
 _MASK = 0xFFFFFFFF
 LARGEST_UNIFORM = 1.0 - 2.0**-24  # fp32 rounds the largest words up to 1, and -log(1 - 1) would rule a token out
@@ -99,4 +100,4 @@ def sample(
             count = counts[count_row, int(tokens[b])]
             count += (count & MOST_COUNTED) < MOST_COUNTED
     ends = (tokens[:, None] == end_ids).any(1) & (positions + 1 >= banned_until)
-    return tokens, ends
+    return torch.where(logits.amax(-1).isfinite(), tokens, NOT_FINITE), ends  # amax hands NaN on

@@ -7,6 +7,8 @@ import torch
 from fastdms.ops.registry import register
 from fastdms.ops.span_cache import check
 
+NOT_FINITE = -2  # in place of a token
+
 SCHEMA = (
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, "
     "Tensor positions, Tensor end_ids, Tensor banned_until, Tensor penalties, Tensor count_rows, Tensor(a!) counts) "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdms.ops import sample
+from fastdms.ops import NOT_FINITE, sample
 from fastdms.ops.sample.reference import exponential, keep_mask, philox
 from tests.ops.harness import BACKENDS, DEVICE
 from tests.ops.sampling import DEFAULTS, make_settings, run_sample
@@ -95,7 +95,7 @@ def test_the_largest_logit_lies_in_any_slice(backend: str, vocab: int, rest: flo
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, by which the interpreter computes
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_without_a_finite_maximum(backend: str) -> None:
-    """They give some id, wherever the value lies, and leave the row between them alone."""
+    """They give no id, wherever the value lies and whatever is banned, and leave the row between them alone."""
     vocab, token = 2 * _SLICE + 3, _SLICE + 7
     for value in (math.nan, math.inf, -math.inf):
         for place in (0, _SLICE, vocab - 1, slice(None)):
@@ -104,10 +104,22 @@ def test_rows_without_a_finite_maximum(backend: str) -> None:
             logits[::2, place] = value
             logits[1, token] = 50.0
             for temperature in (0.0, 1.0):
-                first, middle, last = _sample(backend, logits, temperature=temperature)
-                assert middle == token
-                assert 0 <= first < vocab
-                assert 0 <= last < vocab
+                for changes in ({}, {"end_ids": [[0, vocab - 1]] * 3, "banned_until": 9}):
+                    drawn = _sample(backend, logits, temperature=temperature, **changes)
+                    assert drawn == [NOT_FINITE, token, NOT_FINITE]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_whose_bans_leave_nothing_is_finite(backend: str) -> None:
+    """What counts is the logits as they are given."""
+    logits = torch.full((2, 3), -math.inf)
+    logits[0, 1] = 2.0
+    changes = {"end_ids": [[1]] * 2, "positions": 3, "banned_until": 4}
+    for temperature in (0.0, 1.0):
+        banned, lost = _sample(backend, logits, temperature=temperature, **changes)
+        assert 0 <= banned < 3
+        assert lost == NOT_FINITE
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdms.ops import count_tokens
+from fastdms.ops import NOT_FINITE, count_tokens
 from tests.ops.harness import BACKENDS
 from tests.ops.sampling import NEUTRAL, run_sample
 
@@ -147,7 +147,10 @@ REPETITION = st.sampled_from([1.0, 1.0, 2.0, 1e-30, 0.5, 1.1, 0.999])
 @settings(max_examples=60)
 @given(st.data())
 def test_any_penalties(data: st.DataObject) -> None:
-    """Greedy takes the first largest of the defined logits, and the kernel what the reference takes, drawn or not."""
+    """Greedy takes the first largest of the defined logits, and the kernel what the reference takes, drawn or not.
+
+    Where all are -inf both count the first id.
+    """
     vocab, batch = data.draw(st.sampled_from([1, 2, 9, 20])), data.draw(st.integers(1, 3))
     rows = range(batch)
     logits = torch.tensor([[data.draw(LOGITS) for _ in range(vocab)] for _ in rows])
@@ -169,6 +172,8 @@ def test_any_penalties(data: st.DataObject) -> None:
     for b, count_row in enumerate(changes["count_rows"]):
         token = reference.tokens[b]
         x = logits[b].tolist()
+        assert (token == NOT_FINITE) == (max(x) == -math.inf)
+        token = max(token, 0)
         if count_row >= 0:
             x = defined(x, counts[count_row].tolist(), penalties[b])
             count = int(counts[count_row, token])
@@ -182,7 +187,7 @@ def test_any_penalties(data: st.DataObject) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, by which the interpreter computes
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_penalties_of_logits_that_are_not_finite(backend: str) -> None:
-    """Some id, counted as any other, and the row beside it is not touched."""
+    """No token, but an id is counted, and the row beside it is not touched."""
     for value in (math.nan, math.inf):
         logits = torch.tensor([[0.0, value, 1.0], [0.0, 1.0, 2.0]])
         for temperature in (0.0, 1.0):
@@ -190,7 +195,19 @@ def test_penalties_of_logits_that_are_not_finite(backend: str) -> None:
                 backend, logits, temperature=[temperature, 0.0], penalties=[(2.0, 2.0, 2.0)] * 2, count_rows=[1, 0],
                 counts=ints16([[0, 0, PROMPT], [1, 1, 1]]),
             )  # fmt: skip
-            assert 0 <= out.tokens[0] < 3
-            assert out.tokens[1] == 1
+            assert out.tokens == [NOT_FINITE, 1]
             assert out.counts[0].tolist() == [0, 1, PROMPT]
             assert int(out.counts[1].sum()) == 4
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_that_penalties_make_infinite(backend: str) -> None:
+    """Some id, since they were finite."""
+    for temperature in (0.0, 1.0):
+        out = run_sample(
+            backend, torch.tensor([[0.0, 3e38, 1.0]]), temperature=temperature, penalties=[(0.0, 0.0, 0.5)],
+            count_rows=0, counts=ints16([[0, 1, 0]]),
+        )  # fmt: skip
+        assert 0 <= out.tokens[0] < 3
+        assert int(out.counts.sum()) == 2

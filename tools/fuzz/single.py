@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdms.ops import MOST_ROWS, soft_attention
+from fastdms.ops import MOST_ROWS, NOT_FINITE, soft_attention
 from fastdms.ops.decode_linear import reference as linear_reference
 from fastdms.ops.int4 import GROUPS, dequantise_int4, quantise_int4
 from fastdms.ops.sample.counts import MOST_COUNTED
@@ -207,6 +207,9 @@ def _sample(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
     if rng.random() < 0.5:
         logits = logits.to(torch.float16).float()  # ties
     logits[torch.from_numpy(rng.random(logits.shape) < rng.choice([0.0, 0.0, 0.4]))] = -torch.inf
+    value = float(rng.choice([torch.nan, torch.inf, -torch.inf]))
+    places = slice(None) if value == -torch.inf else int(rng.integers(vocab))
+    logits[torch.from_numpy(rng.random(batch) < rng.choice([0.0, 0.0, 0.4])), places] = value
 
     def each(dtype: torch.dtype, *values: float) -> torch.Tensor:
         return torch.from_numpy(rng.choice(values, batch)).to(dtype)
@@ -228,11 +231,16 @@ def _sample(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
     call = Call(op=op, inputs=inputs, gaps={"logits": (0, s.gap_channels)}, mutated=("counts",))
     _reject(call, rng, device, tally)
     (tokens, ends), written = call.run_kernel(device)
-    if tokens.dtype != torch.int64 or bool(((tokens < 0) | (tokens >= vocab)).any()):
-        raise WrongAnswer(op, f"tokens must be int64 below {vocab}, got {tokens.dtype} {tokens.tolist()}")
     given = {name: x.clone() for name, x in inputs.items() if x is not None}
-    evaluated = evaluate(call, None).outputs[0].tolist()  # counts its own tokens
-    for row, (token, expected) in enumerate(zip(tokens.tolist(), evaluated, strict=True)):
+    evaluated = evaluate(call, None).outputs[0]  # counts its own tokens
+    finite = logits.amax(-1).isfinite()
+    for ids in (tokens, evaluated):
+        right = torch.where(finite, (ids >= 0) & (ids < vocab), ids == NOT_FINITE)
+        if ids.dtype != torch.int64 or not bool(right.all()):
+            lost = (~finite).nonzero().flatten().tolist()
+            message = f"tokens must be int64 below {vocab}, {NOT_FINITE} in rows {lost}, got {ids.dtype} {ids.tolist()}"
+            raise WrongAnswer(op, message)
+    for row, (token, expected) in enumerate(zip(tokens.tolist(), evaluated.tolist(), strict=True)):
         if token != expected:
             _check_tie(row, token, expected, {name: x[row] for name, x in given.items()} | {"counts": given["counts"]})
     _check_counted(tokens, ends, written["counts"], given)
@@ -242,15 +250,22 @@ def _sample(s: Setting, rng: np.random.Generator, device: torch.device, tally: T
 def _check_counted(
     tokens: torch.Tensor, ends: torch.Tensor, counts: torch.Tensor, given: dict[str, torch.Tensor]
 ) -> None:
-    """Each token is counted where its row says so and nowhere else, and ends the row if it is one that does."""
+    """Each token is counted where its row says so and nowhere else, and ends the row if it is one that does.
+
+    A row that is not finite counts any one, and may be ended by it.
+    """
     expected = given["counts"].clone()
     for row, token in zip(given["count_rows"].tolist(), tokens.tolist(), strict=True):
         if row >= 0:
+            if token == NOT_FINITE:  # the one that was counted, or one that can't be counted any more
+                full = (expected[row] & MOST_COUNTED) == MOST_COUNTED
+                token = int((2 * (counts[row] != expected[row]) + full.int()).argmax())
             expected[row, token] += int(expected[row, token]) & MOST_COUNTED < MOST_COUNTED
     if not same_bytes(counts, expected):
         raise WrongAnswer("sample", "counts are not what they were and the tokens")
     listed = (given["end_ids"] == tokens[:, None]).any(1)
-    if ends.dtype != torch.bool or not torch.equal(ends, listed & (given["positions"] + 1 >= given["banned_until"])):
+    wrong = ends != listed & (given["positions"] + 1 >= given["banned_until"])
+    if ends.dtype != torch.bool or bool(wrong[tokens != NOT_FINITE].any()):
         raise WrongAnswer("sample", f"these tokens end their rows, it says: {ends.tolist()}")
 
 
