@@ -12,11 +12,14 @@ from fastdms.cache import CompactCache
 from fastdms.decoder import Chunk, Decoder, DenseHistory
 from fastdms.graphs import (
     ARTIFACTS,
+    RING_SLOTS,
     GraphCache,
     RowChunk,
     RowInput,
+    Sent,
     StepBuffers,
     StepOutput,
+    TokenRing,
     decode_buckets,
     fingerprint,
     make_buffers,
@@ -54,16 +57,12 @@ class PrefillPiece:
 class Flight:
     """A decode step under way; its logits ``[n, V]`` fp32 are valid until the next one."""
 
-    _tokens: torch.Tensor
+    _tokens: Sent
     logits: torch.Tensor
-    _landed: torch.cuda.Event | None
 
     def land(self) -> list[int]:
         """Wait for the sampled tokens; ``STARVED`` or ``NOT_FINITE`` where there is none."""
-        if self._landed is not None:
-            self._landed.synchronize()
-        tokens: list[int] = self._tokens.tolist()
-        return tokens
+        return self._tokens.read()
 
 
 class HistoryError(ValueError):
@@ -116,24 +115,29 @@ class ModelRunner:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.embed.device
         self._histories: dict[int, DenseHistory] = {}  # by row
+        with inference(self.device):
+            self._ring = TokenRing(max_concurrency, self.device)
+        ring = self._ring.tokens
 
         def step(inputs: StepBuffers) -> StepOutput:
             logits = decoder.decode(inputs.tokens, inputs.positions, inputs.rows, cache)
             starved = cache.starved.index_select(0, inputs.rows) != 0
             sampled, ends = _sample(logits, inputs, cache.counts)
             tokens = torch.where(starved, STARVED, sampled)
+            ring.index_put_((inputs.slots, torch.arange(len(tokens), device=tokens.device)), tokens)
             # What the same rows' next step begins with, if the host has nothing to say about it: rows that have come to
             # an end are padding.
             ended = ends | (tokens < 0) | (inputs.positions < 0)
             inputs.tokens.copy_(tokens.clamp_min(0))
             inputs.positions.copy_(torch.where(ended, -1, inputs.positions + 1))
+            inputs.slots.copy_((inputs.slots + 1) % RING_SLOTS)
             return tokens, logits
 
         with inference(self.device):
             self.graphs = GraphCache(
                 step, mode=mode, buckets=decode_buckets(max_concurrency), device=self.device,
                 model=_fingerprint(decoder, cache), kv_dtype=str(cache.config.kv_dtype),
-                state=lambda: _state(decoder, cache), artifacts=ARTIFACTS, debug=debug,
+                state=lambda: {**_state(decoder, cache), "ring": ring}, artifacts=ARTIFACTS, debug=debug,
             )  # fmt: skip
             self.graphs.warm_up()
             if prefill_chunk and not (decoder.dms is not None and decoder.dms.prefill == "dense"):
@@ -176,14 +180,10 @@ class ModelRunner:
         end id ended, or that gave no token, store nothing more.
         """
         with inference(self.device):
-            tokens, logits = self.graphs.run_on() if inputs is None else self.graphs.run(inputs)
-            if self.device.type != "cuda":
-                return Flight(tokens.clone(), logits, None)
-            landed = torch.cuda.Event()
-            on_host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=True)
-            on_host.copy_(tokens, non_blocking=True)
-            landed.record()
-            return Flight(on_host, logits, landed)
+            slot = self.graphs.slot
+            self._ring.free(slot)
+            _, logits = self.graphs.run_on() if inputs is None else self.graphs.run(inputs)
+            return Flight(self._ring.send(slot, len(logits)), logits)
 
     def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
         """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave; counts them too."""

@@ -7,18 +7,22 @@ from fastdms.graphs.cache import MODES, GraphCache, check_mode
 from fastdms.graphs.chunk_graphs import RowChunk, ragged_chunk
 from fastdms.graphs.compiler import Step, StepOutput
 from fastdms.graphs.key import GraphKey, fingerprint
+from fastdms.graphs.ring import RING_SLOTS, Sent, TokenRing
 
 __all__ = [
     "ARTIFACTS",
     "MAX_END_IDS",
     "MODES",
+    "RING_SLOTS",
     "GraphCache",
     "GraphKey",
     "RowChunk",
     "RowInput",
+    "Sent",
     "Step",
     "StepBuffers",
     "StepOutput",
+    "TokenRing",
     "check_mode",
     "choose_bucket",
     "decode_buckets",

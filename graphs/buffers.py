@@ -34,10 +34,11 @@ class RowInput(NamedTuple):
 
 class StepBuffers(NamedTuple):
     """``[B]`` each, but ``end_ids [B, MAX_END_IDS]`` and ``penalties [B, 3]``; as ``ops.sample`` and the decoder take
-    them."""
+    them. ``slots``: of the ``TokenRing``, all the same."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
+    slots: torch.Tensor
     rows: torch.Tensor
     temperature: torch.Tensor
     top_k: torch.Tensor
@@ -53,17 +54,18 @@ class StepBuffers(NamedTuple):
         """Views of the first ``num_entries`` entries."""
         return StepBuffers(*(tensor[:num_entries] for tensor in self))
 
-    def fill(self, inputs: Sequence[RowInput], held: Columns | None = None) -> Columns:
+    def fill(self, inputs: Sequence[RowInput], held: Columns | None = None, slot: int = 0) -> Columns:
         """Write ``inputs`` and mark the entries after them as padding (position -1); returns what they then hold.
 
         held: what the last ``fill`` of these entries returned, if nothing has been written to them since: then only
-        what differs is, which in a batch that goes on is tokens and positions.
+        what differs is, which in a batch that goes on is tokens, positions and slots.
         """
         padding = [RowInput(row=0, token=0, position=-1)] * (self.tokens.shape[0] - len(inputs))
         entries = [*inputs, *padding]
         columns: Columns = (
             [entry.token for entry in entries],
             [entry.position for entry in entries],
+            [slot] * len(entries),
             [entry.row for entry in entries],
             [entry.temperature for entry in entries],
             [entry.top_k for entry in entries],
@@ -90,6 +92,7 @@ def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:
     buffers = StepBuffers(
         tokens=zeros(torch.int64),
         positions=zeros(torch.int32),
+        slots=zeros(torch.int64),
         rows=zeros(torch.int32),
         temperature=zeros(torch.float32),
         top_k=zeros(torch.int32),

@@ -19,6 +19,7 @@ from fastdms.graphs.chunk_graphs import ChunkBuffers, ChunkGraphs, Prefill, RowC
 from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step, mark_batch, tracing
 from fastdms.graphs.key import GraphKey, machine_key, step_inputs
 from fastdms.graphs.report import format_report
+from fastdms.graphs.ring import RING_SLOTS
 
 __all__ = ["MODES", "GraphCache", "check_mode"]
 
@@ -58,7 +59,8 @@ class GraphCache:
     """Runs decode steps of any batch size up to the largest bucket.
 
     step: the whole decode step over static buffers; padding entries (position -1) touch no state, so that warming up
-        with nothing but padding leaves none behind. It may leave the tokens and positions of the next step in them.
+        with nothing but padding leaves none behind. It may leave the tokens and positions of the next step in them, and
+        must then leave the slots after these, too.
     mode: ``"eager"`` calls it, ``"compile"`` compiles it with ``fullgraph=True`` for each bucket, ``"graphs"`` captures
         that into one CUDA graph per bucket, which a step then replays.
     model: the ``fingerprint`` of what the step is built from; kv_dtype: of its cache. Both enter the keys.
@@ -69,6 +71,8 @@ class GraphCache:
     artifacts: folder of the compiler's artifacts; None: none are read or written.
     backend: of ``torch.compile``. recorder: captures; None: CUDA graphs.
     debug: before each replay, AssertionError unless all tensors lie where they did at capture.
+
+    slot: the one that the next run finds in its buffers.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class GraphCache:
         # What the buffers, which all buckets share, were last filled with, and for how many rows.
         self._held: tuple[_Bucket, Columns] | None = None
         self._num_rows = 0
+        self.slot = 0
 
     def warm_up(self) -> None:
         """Make every bucket's entry, largest first, so that the smaller graphs find room in its pool."""
@@ -218,7 +223,7 @@ class GraphCache:
     def _fill(self, bucket: _Bucket, inputs: Sequence[RowInput]) -> None:
         held = self._held[1] if self._held is not None and self._held[0] is bucket else None
         self._held = None  # should filling break off
-        self._held, self._num_rows = (bucket, bucket.inputs.fill(inputs, held)), len(inputs)
+        self._held, self._num_rows = (bucket, bucket.inputs.fill(inputs, held, self.slot)), len(inputs)
 
     def _run(self, bucket: _Bucket, entry: _Entry) -> StepOutput:
         if self._debug:
@@ -226,7 +231,8 @@ class GraphCache:
         assert self._held is not None
         columns, self._held = self._held[1], None  # should the step break off
         tokens, logits = entry.run()
-        self._held = bucket, (None, None, *columns[2:])  # tokens and positions are the step's to change
+        self._held = bucket, (None, None, None, *columns[3:])  # tokens, positions and slots are the step's to change
+        self.slot = (self.slot + 1) % RING_SLOTS
         bucket.runs += 1
         bucket.padded_rows += tokens.shape[0] - self._num_rows
         return tokens[: self._num_rows], logits[: self._num_rows]

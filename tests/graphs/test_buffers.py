@@ -13,6 +13,7 @@ CPU = torch.device("cpu")
 DTYPES = {
     "tokens": torch.int64,
     "positions": torch.int32,
+    "slots": torch.int64,
     "rows": torch.int32,
     "temperature": torch.float32,
     "top_k": torch.int32,
@@ -70,7 +71,8 @@ def test_fill_writes_every_field_and_pads_the_rest() -> None:
     addresses = [tensor.data_ptr() for tensor in buffers]
     for count in (4, 1, 3, 0, 2):  # fewer after more: nothing of the earlier ones may stay
         entries = [entry(n + count) for n in range(count)]
-        buffers.fill(entries)
+        buffers.fill(entries, slot=count)
+        assert buffers.slots.tolist() == [count] * 4, "of padding, too"
         for index, expected in enumerate(entries):
             assert close(read(buffers, index), expected)
         for index in range(count, 4):
@@ -89,6 +91,8 @@ def test_only_what_differs_from_what_is_held_is_written() -> None:
     assert changed == {"tokens", "positions", "seeds"}
     assert (buffers.tokens.tolist(), buffers.positions.tolist()) == ([7, 12, 0], [8, 22, -1])
     assert buffers.fill(moved) == held
+    buffers.fill(moved, held, slot=2)
+    assert buffers.slots.tolist() == [2] * 3
 
 
 def test_a_buckets_buffers_are_views() -> None:

@@ -161,17 +161,23 @@ def test_a_step_that_goes_on_neither_waits_nor_allocates(alone: list[list[int]])
         for _ in range(10):
             engine_of(model).step()
         lengths = [len(request.output_ids) for request in requests]
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        before = _allocations()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(30):
                 engine_of(model).step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        assert _allocations() == before
         assert [len(request.output_ids) for request in requests] == [length + 30 for length in lengths]
         drain(model, requests)
         assert [request.output_ids for request in requests] == [alone[n][:60] for n in (0, 2)]
+
+
+def _allocations() -> tuple[int, int]:
+    """So far, of device memory and of pinned memory."""
+    pinned = torch.cuda.host_memory_stats()["active_requests.allocated"]
+    return torch.cuda.memory_stats()["allocation.all.allocated"], pinned
 
 
 def test_the_generated_code_copies_no_cache() -> None:
