@@ -39,6 +39,12 @@ def test_what_overlaps_leaves_no_gap() -> None:
     assert [(launch["name"], launch["gap_us"]) for launch in found] == [("a", 9), ("b", 0), ("c", 0), (SAMPLE, 0.5)]
 
 
+def test_copies_to_the_host_are_none_of_a_steps_launches() -> None:
+    launches = _steps(9, 12, 8)
+    copies = [Launch("Memcpy DtoH (Device -> Pinned)", launch.end_us - 1, launch.end_us + 1) for launch in launches]
+    assert median_step([*launches, *copies], steps=3) == median_step(launches, steps=3)
+
+
 @pytest.mark.parametrize(
     ("launches", "steps"),
     [

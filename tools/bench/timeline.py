@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 __all__ = ["Launch", "layers_of", "median_step"]
 
 _ENDS_STEP = ("_draw_kernel", "fastdms::sample")
+_TO_HOST = "Memcpy DtoH"
 _APPENDS = ("_decode_append_kernel", "fastdms::decode_append")
 
 
@@ -24,11 +25,13 @@ class Launch(NamedTuple):
 def median_step(launches: Sequence[Launch], steps: int) -> list[dict[str, Any]] | None:
     """The launches of the step of median length in order; None where steps can't be told apart.
 
-    A step ends with the launch that samples, so that what hands its token to the host opens the next one. It lasts
-    from the end of all work before it to its own; the first and the last of a recording may not be whole and don't
-    count. begin_us: from the step's first launch. gap_us: ahead of the launch, with nothing running.
+    A step ends with the launch that samples, so that what hands its token on opens the next one. It lasts from the end
+    of all work before it to its own; the first and the last of a recording may not be whole and don't count. Copies to
+    the host, which run beside the next step, are left out. begin_us: from the step's first launch. gap_us: ahead of
+    the launch, with nothing running.
     """
-    ordered = sorted(launches, key=lambda launch: launch.begin_us)
+    steps_own = [launch for launch in launches if not launch.name.startswith(_TO_HOST)]
+    ordered = sorted(steps_own, key=lambda launch: launch.begin_us)
     cuts = [i + 1 for i, launch in enumerate(ordered) if launch.name in _ENDS_STEP]
     # One more where the step under way was recorded, one less where the last was cut off.
     if len(cuts) < 2 or abs(len(cuts) - steps) > 1:
