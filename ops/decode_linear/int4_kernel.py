@@ -1,6 +1,8 @@
 """What the kernels of decode_linear do with int4 weights, as ``fastdms.ops.int4`` packs them.
 
-A weight becomes the whole number ``q`` exactly; scales meet the fp32 sums of a group's products.
+A weight becomes the whole number ``q`` exactly; scales meet the sums of a group's products. For one row, where unpacking
+costs more than memory does, the numbers of x become whole ones, too: each 32 that a thread has as multiples of 2^-13 of
+the power of two below their largest.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined, assignment"
@@ -54,6 +56,112 @@ def _number(word, PLACE: tl.constexpr, BY_HAND: tl.constexpr):
     else:
         large = (word & MASK) | 0x4B000000
     return large.to(tl.float32, bitcast=True) * (1.0 / 16**PLACE) - (2.0**23 / 16**PLACE + 8.0)
+
+
+# Eight numbers of fp32 as whole ones times a power of two, in two signed digits of base 256: those at even and at odd
+# places as the four bytes of a word each. What is added to a number leaves it, and 128 more, in the lowest 16 bits.
+_TO_DIGITS = tl.constexpr("""{
+.reg .f32 f<8>, c;
+.reg .b32 t<8>, p, q;
+mov.f32 c, 0f4B400080;
+fma.rn.f32 f0, $4, $12, c;
+fma.rn.f32 f1, $5, $12, c;
+fma.rn.f32 f2, $6, $12, c;
+fma.rn.f32 f3, $7, $12, c;
+fma.rn.f32 f4, $8, $12, c;
+fma.rn.f32 f5, $9, $12, c;
+fma.rn.f32 f6, $10, $12, c;
+fma.rn.f32 f7, $11, $12, c;
+mov.b32 t0, f0;
+mov.b32 t1, f1;
+mov.b32 t2, f2;
+mov.b32 t3, f3;
+mov.b32 t4, f4;
+mov.b32 t5, f5;
+mov.b32 t6, f6;
+mov.b32 t7, f7;
+prmt.b32 p, t0, t2, 0x5410;
+prmt.b32 q, t4, t6, 0x5410;
+prmt.b32 $0, p, q, 0x7531;
+prmt.b32 $2, p, q, 0x6420;
+xor.b32 $2, $2, 0x80808080;
+prmt.b32 p, t1, t3, 0x5410;
+prmt.b32 q, t5, t7, 0x5410;
+prmt.b32 $1, p, q, 0x7531;
+prmt.b32 $3, p, q, 0x6420;
+xor.b32 $3, $3, 0x80808080;
+}""")
+# The eight weights of a word, each 8 too large, by such digits, added to what the high and low ones have summed up to.
+_DIGITS_DOT = tl.constexpr("""{
+.reg .b32 e, o, h, l;
+and.b32 e, $2, 0x0f0f0f0f;
+shr.u32 o, $2, 4;
+and.b32 o, o, 0x0f0f0f0f;
+dp4a.u32.s32 h, e, $3, $7;
+dp4a.u32.s32 l, e, $5, $8;
+dp4a.u32.s32 $0, o, $4, h;
+dp4a.u32.s32 $1, o, $6, l;
+}""")
+
+
+@triton.jit
+def fixed_point(x, BY_HAND: tl.constexpr):
+    """(whole, step): ``x``, 32 tensors of fp32, as whole numbers of at most 2^14 times the same power of two.
+
+    step: NaN where one of the 32 is not finite. whole: as ``fixed_dot`` takes them.
+    """
+    largest = tl.abs(x[0])
+    for i in tl.static_range(1, 32):
+        largest = tl.maximum(largest, tl.abs(x[i]), propagate_nan=tl.PropagateNan.ALL)
+    bits = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 15 << 23)
+    step = (bits - (13 << 23)).to(tl.float32, bitcast=True)  # 2^(e - 13), e the exponent of the largest
+    per_step = ((254 << 23) - (bits - (13 << 23))).to(tl.float32, bitcast=True)
+    step = tl.where(bits == 0x7F800000, float("nan"), step)
+    whole = ()
+    if BY_HAND:
+        for i in tl.static_range(0, 32, 8):
+            whole += tl.inline_asm_elementwise(
+                _TO_DIGITS, "=r,=r,=r,=r,f,f,f,f,f,f,f,f,f",
+                [x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7], per_step],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        for i in tl.static_range(32):
+            shifted = x[i] * per_step + 12582912.0
+            whole += ((shifted - 12582912.0).to(tl.int32),)
+    return whole, step
+
+
+@triton.jit
+def fixed_dot(words, whole, BY_HAND: tl.constexpr):
+    """Sum of the weights in ``words``, four tensors ``[N, W]``, times ``whole``, of ``[W]`` each: ``[N, W]`` fp32."""
+    if BY_HAND:
+        high, low = tl.zeros_like(whole[0]), tl.zeros_like(whole[0])
+        for i in tl.static_range(4):
+            high, low = _add_digits_dot(high, low, tl.full(high.shape, -0x77777778, tl.int32), whole, i)  # eight times 8
+        high = tl.zeros_like(words[0]) - high[None, :]
+        low = tl.zeros_like(words[0]) - low[None, :]
+        for i in tl.static_range(4):
+            high, low = _add_digits_dot(high, low, words[i], whole, i)
+        return (high * 256 + low).to(tl.float32)
+    else:
+        total = tl.zeros_like(words[0])
+        for i in tl.static_range(32):
+            total += ((words[i // 8] >> 4 * (i % 8) & 15) - 8) * whole[i][None, :]
+        return total.to(tl.float32)
+
+
+@triton.jit
+def _add_digits_dot(high, low, word, whole, i: tl.constexpr):
+    """``whole``: of the words before and after the ``i``-th, too; ``[W]``, for words ``[W]`` or ``[N, W]``."""
+    even_high, odd_high, even_low, odd_low = whole[4 * i], whole[4 * i + 1], whole[4 * i + 2], whole[4 * i + 3]
+    if len(word.shape) == 2:
+        even_high, odd_high = even_high[None, :], odd_high[None, :]
+        even_low, odd_low = even_low[None, :], odd_low[None, :]
+    return tl.inline_asm_elementwise(
+        _DIGITS_DOT, "=r,=r,r,r,r,r,r,r,r", [word, even_high, odd_high, even_low, odd_low, high, low],
+        dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

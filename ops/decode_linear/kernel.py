@@ -70,7 +70,7 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
         if n > 2**12 and not swiglu:
             return Tile(channels=32, depth=8 * group, warps=8, stages=3)
         if swiglu:
-            return Tile(channels=16, depth=4 * group, warps=4, stages=3)
+            return Tile(channels=16, depth=4 * group, warps=4, stages=2)
         if k > 2**12:
             return Tile(channels=16, depth=8 * group, warps=8, stages=7)
         if n > 2**11:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdms.ops.decode_linear.int4_kernel import int4_numbers
+from fastdms.ops.decode_linear.int4_kernel import fixed_dot, fixed_point, int4_numbers
 from fastdms.ops.int4 import INT4, PER_WORD
 from fastdms.ops.triton_common import dependent_launch
 
@@ -103,15 +103,21 @@ def _numbers(word, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def _by_column(words, DTYPE: tl.constexpr, BY_HAND: tl.constexpr = True):
-    """Words ``[.., W]`` as fp32 tensors ``[.., W / 4]``, one for each number in four words; a thread has its own."""
+def _four(words):
+    """Words ``[.., W]`` as four of ``[.., W / 4]``; a thread has its own."""
     shape: tl.constexpr = words.shape
     quads = tl.reshape(words, shape[:-1] + [shape[-1] // 4, 4])  # noqa: RUF005
-    parts = _halves((quads,), 4)
-    parts = _halves(parts, 2)
+    parts = _halves(_halves((quads,), 4), 2)
+    return parts[0], parts[2], parts[1], parts[3]
+
+
+@triton.jit
+def _by_column(words, DTYPE: tl.constexpr, BY_HAND: tl.constexpr = True):
+    """Words ``[.., W]`` as fp32 tensors ``[.., W / 4]``, one for each number in four words; a thread has its own."""
+    four = _four(words)
     columns = ()
     for i in tl.static_range(4):
-        columns += _numbers(parts[i % 2 * 2 + i // 2], DTYPE, BY_HAND)
+        columns += _numbers(four[i], DTYPE, BY_HAND)
     return columns
 
 
@@ -192,13 +198,14 @@ def _decode_vector_kernel(
     HAS_RESIDUAL: tl.constexpr,
     SWIGLU: tl.constexpr,
     GROUP: tl.constexpr,
+    FIXED: tl.constexpr,
     BY_HAND: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """out = act(inverse * weight (x * norm) * scale + bias) + residual, inverse = 1 / sqrt(mean(x^2) + eps).
 
     words: of 32 bits, that a row of K weights takes; x, weight and norm are read so. GROUP: of int4 weights, in each of
-    which a thread's four words lie whole; 0 for others.
+    which a thread's four words lie whole; 0 for others. FIXED: these are multiplied as whole numbers.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -233,12 +240,12 @@ def _decode_vector_kernel(
     b_sum_up = tl.zeros([BLOCK_N, BLOCK_W // 4], tl.float32)
     b_squares = tl.zeros([BLOCK_W // 4], tl.float32)
     for first in range(0, words, BLOCK_W):
-        columns = _by_column(b_w, W_DTYPE, BY_HAND)
+        columns = _four(b_w) if FIXED else _by_column(b_w, W_DTYPE, BY_HAND)
         columns_up = columns
         m_next = (first + BLOCK_W + o_w < words)[None, :]
         b_w = tl.load(p_w + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
         if SWIGLU:
-            columns_up = _by_column(b_up, W_DTYPE, BY_HAND)
+            columns_up = _four(b_up) if FIXED else _by_column(b_up, W_DTYPE, BY_HAND)
             b_up = tl.load(p_up + first + BLOCK_W, mask=m_next, other=0, eviction_policy="evict_first")
         scales, scales_up = b_group, b_group_up
         if GROUP > 0:
@@ -253,14 +260,23 @@ def _decode_vector_kernel(
         b_part, b_part_up = b_sum, b_sum_up
         if GROUP > 0:
             b_part, b_part_up = tl.zeros_like(b_sum), tl.zeros_like(b_sum)
-        for i in tl.static_range(len(columns)):
+        factors = ()
+        for i in tl.static_range(len(x)):
             b_x = x[i]
             if HAS_NORM:
                 b_squares += b_x * b_x
                 b_x *= norm[i]
-            b_part += columns[i] * b_x[None, :]
+            if FIXED:
+                factors += (b_x,)
+            else:
+                b_part += columns[i] * b_x[None, :]
+                if SWIGLU:
+                    b_part_up += columns_up[i] * b_x[None, :]
+        if FIXED:
+            whole, step = fixed_point(factors, BY_HAND)
+            b_part = fixed_dot(columns, whole, BY_HAND) * step[None, :]
             if SWIGLU:
-                b_part_up += columns_up[i] * b_x[None, :]
+                b_part_up = fixed_dot(columns_up, whole, BY_HAND) * step[None, :]
         if GROUP > 0:
             b_sum += b_part * scales.to(tl.float32)
             if SWIGLU:
@@ -311,6 +327,7 @@ def decode_vector(
         EVEN=words % block == 0, X_DTYPE=_DTYPES[x.dtype], W_DTYPE=_DTYPES[weight.dtype],
         HAS_SCALE=scale is not None and not group, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, GROUP=group, BY_HAND=x.is_cuda,
+        FIXED=group > 0 and out.element_size() == 2,
         num_warps=cut.warps, **dependent_launch(x.device),
     )  # fmt: skip
 

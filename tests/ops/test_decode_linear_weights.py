@@ -13,7 +13,17 @@ from fastdms.ops.decode_linear import vector_kernel
 from fastdms.ops.decode_linear.kernel import prefetch_bytes, tile
 from fastdms.ops.int4 import GROUPS, INT4, dequantise_int4, quantise_int4
 from tests.ops.harness import BACKENDS, DEVICE
-from tests.ops.linears import FP8, GPU, assert_right, make_inputs, run_linear, to_device
+from tests.ops.linears import (
+    FP8,
+    GPU,
+    assert_right,
+    define_linear,
+    exact_weight,
+    make_inputs,
+    run_linear,
+    to_device,
+)
+from tests.tolerance import LOGITS_RELATIVE, rounding_band
 
 
 def test_words_of_a_buffer_that_begins_anywhere() -> None:
@@ -112,6 +122,34 @@ def test_int4_groups_have_scales_of_any_size(group: int, rows: int, backend: str
         out = run_linear(backend, case)
         assert_right(out, case)
         assert not out[:, 0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [(torch.float16, 0), (torch.float16, -10), *(pytest.param(torch.bfloat16, p, marks=GPU) for p in (-110, 0, 100))],
+)
+def test_one_row_by_int4_has_14_bits_of_the_largest_of_32(dtype: torch.dtype, power: int, backend: str) -> None:
+    """Whatever the largest is; what it leaves to the others shows where its own weight is 0."""
+    inputs = make_inputs(1, 40, 256, torch.float16, INT4)
+    x = inputs["x"].float()
+    x[0, 37] = 3000.0
+    inputs["weight"][:, 4] = inputs["weight"][:, 4] & ~(15 << 20) | 8 << 20  # the weight of column 37 is 0
+    inputs["x"] = (x * 2.0**power).to(dtype)
+    out = run_linear(backend, inputs).double()
+    oracle = define_linear(inputs)
+    blocks = inputs["x"].double().abs().view(1, 8, 32)
+    weight = exact_weight(inputs["weight"], inputs["scale"]).abs().view(40, 8, 32)
+    lost = 2.0**-14 * (blocks.amax(-1) @ weight.sum(-1).T)
+    assert bool(((out - oracle).abs() <= rounding_band(oracle, dtype) + LOGITS_RELATIVE * oracle.abs() + lost).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_one_row_by_int4_that_is_not_finite(value: float, backend: str) -> None:
+    inputs = make_inputs(1, 40, 256, torch.float16, INT4)
+    inputs["x"][0, 200] = value
+    assert not run_linear(backend, inputs).isfinite().any()
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
