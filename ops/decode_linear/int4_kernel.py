@@ -1,8 +1,8 @@
 """What the kernels of decode_linear do with int4 weights, as ``fastdms.ops.int4`` packs them.
 
-A weight becomes the whole number ``q`` exactly; scales meet the sums of a group's products. For one row, where unpacking
-costs more than memory does, the numbers of x become whole ones, too: each 32 that a thread has as multiples of 2^-13 of
-the power of two below their largest.
+A weight becomes the whole number ``q`` exactly; scales meet the sums of a group's products. For one row, where
+unpacking costs more than memory does, the numbers of x become whole ones, too: each 32 that a thread has as multiples
+of 2^-13 of the power of two below their largest.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined, assignment"
@@ -137,8 +137,9 @@ def fixed_dot(words, whole, BY_HAND: tl.constexpr):
     """Sum of the weights in ``words``, four tensors ``[N, W]``, times ``whole``, of ``[W]`` each: ``[N, W]`` fp32."""
     if BY_HAND:
         high, low = tl.zeros_like(whole[0]), tl.zeros_like(whole[0])
+        eights = tl.full(high.shape, -0x77777778, tl.int32)  # 0x88888888
         for i in tl.static_range(4):
-            high, low = _add_digits_dot(high, low, tl.full(high.shape, -0x77777778, tl.int32), whole, i)  # eight times 8
+            high, low = _add_digits_dot(high, low, eights, whole, i)
         high = tl.zeros_like(words[0]) - high[None, :]
         low = tl.zeros_like(words[0]) - low[None, :]
         for i in tl.static_range(4):
