@@ -221,5 +221,5 @@ def _bandwidth(tb_s: float) -> None:
 
 
 def _folder(peer: str | None) -> None:
-    if peer is not None and not Path(peer).is_dir():
-        raise ValueError(f"--peer {peer} is no folder")
+    if peer is not None and not (peer and Path(peer).is_dir()):  # an empty path would be the current folder
+        raise ValueError(f"--peer {peer!r} is no folder")
