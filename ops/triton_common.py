@@ -78,12 +78,47 @@ def pop_pages(num_free_ptr, free, count, most):
     return start
 
 
+# The branches do the same; that there are two makes the wait need the number.
+WAIT_KNOWING = tl.constexpr("""{
+.reg .pred p;
+setp.ge.s32 p, $1, 0;
+@p griddepcontrol.wait;
+@!p griddepcontrol.wait;
+mov.b32 $0, 0;
+}""")
+
+
+@triton.jit
+def gdc_wait_knowing(number):
+    """``gdc_wait``, but not before ``number`` (int32) is computed: what is used only after a wait the compiler would
+    also compute only after it."""
+    tl.inline_asm_elementwise(WAIT_KNOWING, "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def ask_l2(pointer):
+    """Asks L2 for what lies there, and nothing nearer."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Launch options for a kernel with a DEPENDENT flag, which may come up before the one ahead of it has ended.
 
-    Programmatic dependent launch: before ``gdc_wait`` such a kernel reads nothing that an op writes, and writes
-    nothing; it waits in each of its programs, so that whoever waits for it has waited for all before it. (The merge of
-    decode_attention reads lengths before: they were complete when the kernel ahead of it let it come up.)
+    Programmatic dependent launch: before ``gdc_wait`` such a kernel writes nothing; it waits in each of its programs,
+    so that whoever waits for it has waited for all before it. Of what ops write it reads nothing before, except:
+
+    - decode_attention's merge reads lengths. They are final: the kernel ahead lets it come up only after it has itself
+      waited for the one that writes them.
+    - decode_append reads a ring entry and a length, and decode_attention's kernel for Hopper lengths and a page's
+      number, while they may be written. They are aligned words of 32 bits, so what is read is the old one or the new
+      one. It decides what L2 is asked for, at addresses that lie in the tensors either way, and from the lengths the
+      Hopper kernel makes a plan, which it keeps only if the final ones give the same. What else is used after the wait
+      is read after it.
+
+    All of these reads go past the multiprocessor's cache (".cg"), in which an old word would stay beyond the wait. L2
+    is common to all multiprocessors and never behind a write, so that it may be asked even for what is being written.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"DEPENDENT": True, "launch_pdl": True}

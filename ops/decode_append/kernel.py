@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdms.ops.triton_common import (
     ZERO_BOTH,
+    ask_l2,
     dependent_launch,
     divide_by_scale,
     element_strides,
@@ -111,9 +112,18 @@ def _decode_append_kernel(
     sin = tl.load(sin_ptr + at.to(tl.int64) * HALF + o_half, mask=m_half, other=0.0)
     if DEPENDENT:
         gdc_launch_dependents()
-        gdc_wait()
     span = row * HKV + i_h
     p_entry = ring_ptr + span * (WINDOW + 1) + at % (WINDOW + 1)
+    if DEPENDENT:
+        ask_l2(starved_ptr + row)
+        ask_l2(num_free_ptr)
+        # Old or new, these only decide what else L2 is asked for; past the multiprocessor's cache, where old ones would
+        # stay.
+        entry = tl.load(p_entry, cache_modifier=".cg")
+        likely = tl.load(live_len_ptr + span, cache_modifier=".cg")
+        likely = tl.where((position > WINDOW) & (entry & 1 == 1), entry >> 1, likely)
+        ask_l2(page_table_ptr + span * max_pages + tl.minimum(tl.maximum(likely, 0) // PAGE, max_pages - 1))
+        gdc_wait()
     p_before = ring_ptr + span * (WINDOW + 1) + (at + WINDOW) % (WINDOW + 1)
     leaving = tl.load(p_entry)
     live = tl.load(live_len_ptr + span)

@@ -16,10 +16,11 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from fastdms.ops.decode_attention.hopper_split_kernel import ask_ahead, first_slot, meet, plan, wait_knowing
 from fastdms.ops.decode_attention.split_kernel import Tiles
-from fastdms.ops.gluon_common import add, registers
+from fastdms.ops.gluon_common import barrier, registers
 
 TILES = Tiles(tokens=32, warps=1, stages=1, programs=16, least=2)  # what measured best (docs/lab-notes.md)
 _HEAD_DIM = 64
@@ -42,16 +43,6 @@ cvt.rn.f16x2.e4m3x2 $3, d;
 
 
 @gluon.jit
-def _first_tile(program, total, PROGRAMS: gl.constexpr, LEAST: gl.constexpr):
-    """``first_tile`` of split_kernel."""
-    programs = gl.maximum(gl.minimum((total + LEAST - 1) // LEAST, PROGRAMS), gl.minimum(total, PROGRAMS // 4))
-    programs = gl.maximum(programs, 1)
-    each = total // programs
-    extra = total - each * programs
-    return gl.minimum(program * each + gl.minimum(program, extra), total)
-
-
-@gluon.jit
 def _power_of_two(largest):
     """``power_of_two`` of triton_common."""
     exponent = gl.ceil(gl.log2(gl.where(largest > 0.0, largest, 1.0)))
@@ -68,9 +59,41 @@ def _places(words):
 
 
 @gluon.jit
-def _first_slot(table_ptr, tile, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Where a tile's tokens begin in the pool, int64."""
-    return gl.load(table_ptr + tile * BLOCK_N // PAGE).to(gl.int64) * PAGE + tile * BLOCK_N % PAGE
+def _load_queries(p_q, stride_q_head, G: gl.constexpr, D: gl.constexpr):
+    """``[D, 8]``; a thread has 16 channels of a head."""
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0], [0, 1], [0, 2], [0, 4]], [], [], [D, 8]
+    )
+    o_h = gl.arange(0, 8, gl.SliceLayout(0, LAYOUT))
+    o_d = gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
+    p_q += o_h.to(gl.int64)[None, :] * stride_q_head + o_d[:, None]
+    return gl.load(p_q, mask=(o_h < G)[None, :], other=0.0)
+
+
+@gluon.jit
+def _query_places(b_q, WORDS: gl.constexpr, QUERIES: gl.constexpr):
+    """Queries ``[D, 8]`` in fp32 as ``[WORDS, 8]``, for each of the four places in a word."""
+    even, odd = gl.split(b_q.to(gl.float32).reshape([WORDS, 2, 2, 8]).permute([0, 3, 1, 2]))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return (
+        gl.convert_layout(first, QUERIES, assert_trivial=True), gl.convert_layout(second, QUERIES, assert_trivial=True),
+        gl.convert_layout(third, QUERIES, assert_trivial=True), gl.convert_layout(fourth, QUERIES, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _store_places(acc_ptr, b_acc, partial, G: gl.constexpr, D: gl.constexpr):
+    """The four of ``_accumulate`` as ``[8, D]``, channels in order; a thread has eight of a head."""
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [1, 0]], [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]], [], [], [8, D]
+    )
+    b_x = gl.join(gl.join(b_acc[0], b_acc[2]), gl.join(b_acc[1], b_acc[3]))  # [WORDS, 8, 2, 2]
+    b_x = b_x.reshape([D // 32, 8, 8, 2, 2]).permute([2, 1, 0, 3, 4]).reshape([8, D])
+    o_g = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    p_acc = acc_ptr + (partial.to(gl.int64) * G + o_g)[:, None] * D + o_d[None, :]
+    gl.store(p_acc, gl.convert_layout(b_x, LAYOUT, assert_trivial=True), mask=(o_g < G)[:, None])
 
 
 @gluon.jit
@@ -174,14 +197,14 @@ def _accumulate(
 @gluon.jit(do_not_specialize=["num_spans"])
 def _decode_hopper_kernel(
     q_ptr, positions_ptr, rows_ptr, k_pages_ptr, v_pages_ptr, k_scales_ptr, v_scales_ptr, page_table_ptr, live_len_ptr,
-    max_ptr, sum_ptr, acc_ptr, stride_q_token, stride_q_head, num_spans, max_pages, scale_log2,
+    max_ptr, sum_ptr, acc_ptr, stride_q_token, stride_q_head, num_spans, max_pages, scale_log2, num_pages,
     S: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
     PROGRAMS: gl.constexpr, RESTART: gl.constexpr, LEAST: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """What ``_decode_attention_kernel`` does, by one warp: tiles of 32 tokens, groups of at most eight heads of 64.
 
     Pages and scales are read in words of 32 bits. The next tile's keys are asked for as soon as this one's are
-    multiplied, and so are its values.
+    multiplied, and so are its values. What is done before the wait, and by which right, says ``hopper_split_kernel``.
     """
     WORDS: gl.constexpr = D // 4
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
@@ -199,61 +222,60 @@ def _decode_hopper_kernel(
     m_s = o_s < num_spans
     position = gl.load(positions_ptr + o_s // HKV, mask=m_s, other=-1)
     row = gl.maximum(gl.load(rows_ptr + o_s // HKV, mask=m_s, other=0), 0)
-    if DEPENDENT:
-        gdc_wait()
-    lengths = gl.load(live_len_ptr + row * HKV + o_s % HKV, mask=m_s & (position >= 0), other=0)
-    if DEPENDENT:  # not before: the merge, which may come up from now on, reads the lengths without waiting
-        gdc_launch_dependents()
+    m_s = m_s & (position >= 0)
+    p_lengths = live_len_ptr + row * HKV + o_s % HKV
+    batch = (o_s, num_spans, row, page_table_ptr, max_pages, q_ptr, stride_q_token, stride_q_head)
+    # Past the multiprocessor's cache, in which a length that the append is about to change would stay.
+    lengths = gl.load(p_lengths, mask=m_s, other=0, cache_modifier=".cg")
     tiles_of = (lengths + BLOCK_N - 1) // BLOCK_N
-    empty = gl.minimum(gl.sum(tiles_of, 0) // (6 * PROGRAMS), RESTART)  # as with_restarts does
-    tiles_of = gl.where(tiles_of > 0, tiles_of + empty, 0)
-    cumulative = gl.associative_scan(tiles_of, 0, add)
-    total = gl.sum(tiles_of, 0)
-    tile = _first_tile(i_p, total, PROGRAMS, LEAST)
-    end = _first_tile(i_p + 1, total, PROGRAMS, LEAST)
+    cut, tile, end = plan(tiles_of, i_p, PROGRAMS, RESTART, LEAST)
+    span, stop, first, last, table, p_page, p_page_after, p_q = meet(tile, end, cut, batch, HKV, G, PAGE, BLOCK_N)
+    if tile < end:
+        ask_ahead(
+            k_pages_ptr, v_pages_ptr, k_scales_ptr, v_scales_ptr, p_page, first, num_pages, WORDS, PAGE, BLOCK_N
+        )  # fmt: skip
+    if DEPENDENT:
+        wait_knowing(stop, p_page, p_page_after, p_q)
+    page, page_after = gl.load(p_page), gl.load(p_page_after)
+    b_q = _load_queries(p_q, stride_q_head, G, D)
+    lengths = gl.load(p_lengths, mask=m_s, other=0)
+    if DEPENDENT:  # not before the wait: the merge, which may come up from now on, reads the lengths without waiting
+        gdc_launch_dependents()
+    final_tiles_of = (lengths + BLOCK_N - 1) // BLOCK_N
+    if gl.sum((final_tiles_of != tiles_of).to(gl.int32), 0) > 0:
+        cut, tile, end = plan(final_tiles_of, i_p, PROGRAMS, RESTART, LEAST)
+        span, stop, first, last, table, p_page, p_page_after, p_q = meet(tile, end, cut, batch, HKV, G, PAGE, BLOCK_N)
+        page, page_after = gl.load(p_page), gl.load(p_page_after)
+        b_q = _load_queries(p_q, stride_q_head, G, D)
     o_g = gl.arange(0, 8, gl.SliceLayout(0, ACC))
-    o_h = gl.arange(0, 8, gl.SliceLayout(0, QUERIES))
-    o_w = gl.arange(0, WORDS, gl.SliceLayout(1, QUERIES))
-    o_m = gl.arange(0, WORDS, gl.SliceLayout(1, ACC))
-    p_channels = 4 * (o_m % 8 * (WORDS // 8) + o_m // 8)
     while tile < end:
-        span = gl.sum((cumulative <= tile).to(gl.int32), 0)
-        own = o_s == span
-        span_end = gl.sum(gl.where(own, cumulative, 0), 0)
-        span_begin = span_end - gl.sum(gl.where(own, tiles_of, 0), 0)
-        live = gl.sum(gl.where(own, lengths, 0), 0)
-        stored_span = gl.sum(gl.where(own, row, 0), 0).to(gl.int64) * HKV + span % HKV
-        stop = gl.minimum(span_end, end)
-        table = page_table_ptr + stored_span * max_pages
-        head = (span % HKV * G + o_h).to(gl.int64)
-        p_q = q_ptr + (span // HKV).to(gl.int64) * stride_q_token + head[None, :] * stride_q_head + 4 * o_w[:, None]
-        b_q = ()
-        largest = gl.zeros([WORDS, 8], gl.float32, QUERIES)
-        for i in gl.static_range(4):
-            b_q += (gl.load(p_q + i, mask=(o_h < G)[None, :], other=0.0).to(gl.float32),)
-            largest = gl.maximum(largest, gl.abs(b_q[i]))
+        live = gl.sum(gl.where(o_s == span, lengths, 0), 0)
+        slot = first_slot(page, first, PAGE, BLOCK_N)
+        after = first_slot(page_after, gl.minimum(first + 1, last), PAGE, BLOCK_N)
+        b_k = _load_keys(k_pages_ptr, slot, WORDS, BLOCK_N, KEYS)
+        b_k_scales = _load_scales(k_scales_ptr, slot, BLOCK_N)
+        b_v_scales = _load_scales(v_scales_ptr, slot, BLOCK_N)
+        b_v = _load_values(v_pages_ptr, slot, WORDS, BLOCK_N, VALUES)
+        barrier()  # else the compiler asks for them only after what is done to queries
         b_max = gl.full([8], _LOWEST, gl.float32, gl.SliceLayout(0, ACC))
         b_sum = gl.zeros([BLOCK_N, 8], gl.float32, ACC)
         b_acc = ()
         for _ in gl.static_range(4):
             b_acc += (gl.zeros([WORDS, 8], gl.float32, ACC),)
-        first = gl.maximum(tile - span_begin - empty, 0)
-        last = stop - span_begin - empty - 1
         if first <= last:
-            slot = _first_slot(table, first, PAGE, BLOCK_N)
-            after = _first_slot(table, gl.minimum(first + 1, last), PAGE, BLOCK_N)
-            b_k = _load_keys(k_pages_ptr, slot, WORDS, BLOCK_N, KEYS)
-            b_k_scales = _load_scales(k_scales_ptr, slot, BLOCK_N)
-            b_v_scales = _load_scales(v_scales_ptr, slot, BLOCK_N)
-            b_v = _load_values(v_pages_ptr, slot, WORDS, BLOCK_N, VALUES)
+            b_p = _query_places(b_q, WORDS, QUERIES)
+            largest = gl.zeros([WORDS, 8], gl.float32, QUERIES)
+            for i in gl.static_range(4):
+                largest = gl.maximum(largest, gl.abs(b_p[i]))
             power = _power_of_two(gl.max(gl.max(largest, 1), 0))  # fp16 can't hold every bf16 query
             scale = scale_log2 * power
             b_h = ()
             for i in gl.static_range(4):
-                b_h += ((b_q[i] / power).to(gl.float16),)
+                b_h += ((b_p[i] / power).to(gl.float16),)
             for now in range(first, last):
                 slot = after
-                after = _first_slot(table, gl.minimum(now + 2, last), PAGE, BLOCK_N)
+                ahead = gl.minimum(now + 2, last)
+                after = first_slot(gl.load(table + ahead * BLOCK_N // PAGE), ahead, PAGE, BLOCK_N)
                 b_x = _scores(b_k, b_h, BLOCK_N, ACC)
                 b_k = _load_keys(k_pages_ptr, slot, WORDS, BLOCK_N, KEYS)
                 b_w, b_max, b_sum, b_old = _softmax(
@@ -272,9 +294,14 @@ def _decode_hopper_kernel(
         partial = (i_p + span).to(gl.int64) * G + o_g
         gl.store(max_ptr + partial, b_max, mask=o_g < G)
         gl.store(sum_ptr + partial, gl.sum(b_sum, 0), mask=o_g < G)
-        for i in gl.static_range(4):
-            gl.store(acc_ptr + partial[None, :] * D + p_channels[:, None] + i, b_acc[i], mask=(o_g < G)[None, :])
+        _store_places(acc_ptr, b_acc, i_p + span, G, D)
         tile = stop
+        if tile < end:
+            span, stop, first, last, table, p_page, p_page_after, p_q = meet(
+                tile, end, cut, batch, HKV, G, PAGE, BLOCK_N
+            )
+            page, page_after = gl.load(p_page), gl.load(p_page_after)
+            b_q = _load_queries(p_q, stride_q_head, G, D)
 
 
 def is_supported(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> bool:
@@ -297,6 +324,6 @@ def attend(
     """
     words = [x.view(torch.int32) for x in stored]
     _decode_hopper_kernel[(programs,)](
-        *batch, *words, *others, S=max(_WARP, S), num_warps=TILES.warps,
+        *batch, *words, *others, stored[0].shape[0], S=max(_WARP, S), num_warps=TILES.warps,
         maxnreg=registers(TILES.warps, TILES.programs), **options,
     )  # fmt: skip

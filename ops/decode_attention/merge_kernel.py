@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from fastdms.ops.decode_attention.split_kernel import owner, span_tiles, with_restarts
 from fastdms.ops.decode_attention.tile_kernel import LOWEST
+from fastdms.ops.triton_common import gdc_wait_knowing
 
 
 @triton.jit
@@ -64,20 +65,22 @@ def _merge_kernel(
     b_max = LOWEST
     b_sum = 0.0
     b_acc = tl.zeros([BLOCK_C], tl.float32)
-    if DEPENDENT:
-        gdc_wait()
+    first = 0
+    last = -1
     if own > 0:
         first = owner(begin, total, PROGRAMS, LEAST)
         last = owner(begin + own - 1, total, PROGRAMS, LEAST)
-        pieces = _load_pieces(max_ptr, sum_ptr, acc_ptr, first, o_p, last, span, i_g, o_d, m_d, G, D)
-        for i_p in range(first, last + 1, PIECES):
-            b_m, b_s, b_a = pieces
-            pieces = _load_pieces(max_ptr, sum_ptr, acc_ptr, i_p + PIECES, o_p, last, span, i_g, o_d, m_d, G, D)
-            b_new = tl.maximum(b_max, tl.max(b_m, 0))
-            b_old = tl.exp2(b_max - b_new)
-            b_w = tl.where(i_p + o_p <= last, tl.exp2(b_m - b_new), 0.0)
-            b_sum = b_sum * b_old + tl.sum(b_w * b_s, 0)
-            b_acc = b_acc * b_old + tl.sum(b_w[:, None] * b_a, 0)
-            b_max = b_new
+    if DEPENDENT:  # for what those programs left; who they are is known before
+        gdc_wait_knowing(first + last)
+    pieces = _load_pieces(max_ptr, sum_ptr, acc_ptr, first, o_p, last, span, i_g, o_d, m_d, G, D)
+    for i_p in range(first, last + 1, PIECES):
+        b_m, b_s, b_a = pieces
+        pieces = _load_pieces(max_ptr, sum_ptr, acc_ptr, i_p + PIECES, o_p, last, span, i_g, o_d, m_d, G, D)
+        b_new = tl.maximum(b_max, tl.max(b_m, 0))
+        b_old = tl.exp2(b_max - b_new)
+        b_w = tl.where(i_p + o_p <= last, tl.exp2(b_m - b_new), 0.0)
+        b_sum = b_sum * b_old + tl.sum(b_w * b_s, 0)
+        b_acc = b_acc * b_old + tl.sum(b_w[:, None] * b_a, 0)
+        b_max = b_new
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)
     tl.store(out_ptr + (span.to(tl.int64) * G + i_g) * D + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_d)

@@ -65,10 +65,13 @@ class _Pointer:
         self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
 
     @classmethod
-    def to(cls, x: torch.Tensor) -> _Pointer:
+    def of(cls, x: torch.Tensor) -> _Pointer:
         memory = x.new_empty(0)
         memory.set_(x.untyped_storage(), 0, (x.untyped_storage().nbytes() // x.element_size(),))  # type: ignore[call-overload]
         return cls(memory, x.storage_offset())
+
+    def to(self, dtype: torch.dtype) -> _Block:
+        return _block(self._offset).to(dtype)
 
     def __add__(self, offset: Any) -> _Pointer:
         return _Pointer(self._memory, self._offset + offset)
@@ -83,7 +86,8 @@ class _Pointer:
 
     def load(self, mask: Any = None, other: Any = None) -> _Block:
         at, valid = self._at(mask)
-        return _block(self._memory[at] if mask is None else self._memory[at].where(valid, other))
+        found = self._memory[at].clone()  # a single element would be a view, which later stores change
+        return _block(found if mask is None else found.where(valid, other))
 
     def store(self, value: torch.Tensor, mask: Any = None) -> None:
         at, valid = self._at(mask)
@@ -140,7 +144,7 @@ def _language(
         full=full,
         inline_asm_elementwise=inline_asm_elementwise,
         join=lambda a, b: torch.stack((a, b), -1),
-        load=lambda pointer, mask=None, other=None: pointer.load(mask, other),
+        load=lambda pointer, mask=None, other=None, cache_modifier="": pointer.load(mask, other),
         max=lambda x, axis: x.amax(axis),
         multiple_of=_multiple_of,
         num_programs=lambda axis: _block(grid[axis]),
@@ -170,12 +174,12 @@ def _given(x: Any) -> Any:
     """An argument as a kernel gets it."""
     if isinstance(x, TensorDescriptor):
         return Descriptor(x)
-    return _Pointer.to(x) if isinstance(x, torch.Tensor) else x
+    return _Pointer.of(x) if isinstance(x, torch.Tensor) else x
 
 
 class _Kernel:
-    def __init__(self, module: types.ModuleType, kernel: Callable[..., None], assembly: _Assembly) -> None:
-        self._module, self._kernel, self._assembly = module, kernel, assembly
+    def __init__(self, modules: tuple[types.ModuleType, ...], kernel: Callable[..., None], assembly: _Assembly) -> None:
+        self._modules, self._kernel, self._assembly = modules, kernel, assembly
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, maxnreg: int | None = None, **constants: Any) -> None:
@@ -184,24 +188,32 @@ class _Kernel:
             given = [_given(x) for x in args]
             for program in itertools.product(*map(range, grid)):
                 memory = SharedMemory()
-                vars(self._module)["gl"] = _language(program, grid, self._assembly, memory)
-                vars(self._module).update(memory.stand_ins())
+                stand_ins = {"gl": _language(program, grid, self._assembly, memory), **memory.stand_ins()}
+                for module in self._modules:
+                    vars(module).update(stand_ins)
                 self._kernel(*given, **constants)
                 memory.finish()
 
         return launch
 
 
-def emulate(patch: pytest.MonkeyPatch, module: types.ModuleType, kernel: str, assembly: _Assembly) -> None:
-    """Let ``module``'s kernel of that name run on the CPU, without dependent launches."""
-    for name in ("gl", *SharedMemory().stand_ins()):  # a launch replaces them
-        patch.setattr(module, name, vars(module).get(name), raising=False)
-    patch.setattr(module, "mma_v2", _mma, raising=False)
-    for name, value in list(vars(module).items()):
-        if name == kernel:
-            patch.setattr(module, name, _Kernel(module, value.fn, assembly))
-        elif isinstance(value, JITFunction):
-            patch.setattr(module, name, value.fn)
-        elif isinstance(value, constexpr):
-            constant = _Constant(value.value) if isinstance(value.value, int) else value.value
-            patch.setattr(module, name, constant)
+def emulate(
+    patch: pytest.MonkeyPatch, module: types.ModuleType, kernel: str, assembly: _Assembly, *helpers: types.ModuleType
+) -> None:
+    """Let ``module``'s kernel of that name run on the CPU, without dependent launches.
+
+    helpers: modules with device functions that it calls.
+    """
+    modules = (module, *helpers)
+    for each in modules:
+        for name in ("gl", *SharedMemory().stand_ins()):  # a launch replaces them
+            patch.setattr(each, name, vars(each).get(name), raising=False)
+        patch.setattr(each, "mma_v2", _mma, raising=False)
+        for name, value in list(vars(each).items()):
+            if each is module and name == kernel:
+                patch.setattr(each, name, _Kernel(modules, value.fn, assembly))
+            elif isinstance(value, JITFunction):
+                patch.setattr(each, name, value.fn)
+            elif isinstance(value, constexpr):
+                constant = _Constant(value.value) if isinstance(value.value, int) else value.value
+                patch.setattr(each, name, constant)

@@ -6,6 +6,7 @@ Without a GPU it is emulated: all but layouts.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastdms.ops.decode_attention import hopper_kernel
-from fastdms.ops.triton_common import on_hopper
+from fastdms.ops.decode_attention import hopper_kernel, hopper_split_kernel
+from fastdms.ops.triton_common import WAIT_KNOWING, on_hopper
+from tests.ops import gluon_emulator
 from tests.ops.gluon_emulator import emulate
 from tests.ops.harness import CPU, DEVICE, GuardedCache, fill_spans, make_cache
 from tests.ops.test_decode_attention import compare, compare_far_from_one
@@ -34,20 +36,28 @@ def _places(words: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(numbers[..., i::4] for i in range(4))
 
 
+def _ask_l2(pointer: Any, num_bytes: int) -> None:
+    """L2 is asked for what lies in the tensor's storage."""
+    pointer.load()
+    (pointer + (num_bytes // 4 - 1)).load()
+
+
 @pytest.fixture(scope="module")
-def hopper() -> Iterator[None]:
-    """That kernel and no other, on a Hopper card or emulated."""
+def hopper() -> Iterator[dict[str, Callable[..., Any]]]:
+    """That kernel and no other, on a Hopper card or emulated; then what its assembly does."""
     if DEVICE != CPU and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper card")
     kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    assembly: dict[str, Callable[..., Any]] = {
+        "lg2.approx.ftz.f32 $0, $1;": torch.log2, hopper_kernel._FP8_TO_FP16.value: _places,
+        hopper_split_kernel.ASK_L2.value: _ask_l2,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "tiles", None)  # the other kernel's, which is not to be asked
         if DEVICE == CPU:
             patch.setattr(kernel, "on_hopper", lambda _: True)
-            assembly: dict[str, Callable[..., Any]] = {"lg2.approx.ftz.f32 $0, $1;": torch.log2}
-            assembly[hopper_kernel._FP8_TO_FP16.value] = _places
-            emulate(patch, hopper_kernel, "_decode_hopper_kernel", assembly)
-        yield
+            emulate(patch, hopper_kernel, "_decode_hopper_kernel", assembly, hopper_split_kernel)
+        yield assembly
 
 
 def _use(patch: pytest.MonkeyPatch, processors: int, programs: int) -> None:
@@ -138,6 +148,52 @@ def test_any_lengths_over_any_programs(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         _use(patch, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 16)))
         compare(cache, _queries(len(lengths), heads * group, torch.float16), rows, positions)
+
+
+@pytest.mark.skipif(DEVICE != CPU, reason="the emulator's wait")
+@pytest.mark.parametrize("programs", [(1, 1), (1, 5), (7, 16)], ids=str)
+@pytest.mark.parametrize(
+    "grown", [[True], [False], [True, False], [False, False, True], [False, True, True, True]], ids=str
+)
+def test_lengths_change_until_the_wait(
+    grown: list[bool], programs: tuple[int, int], hopper: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it waits, each program finds some spans without their last token, others than the program before it, and
+    of pages that a last token has begun an absurd number. grown: which spans have the token early, in turn."""
+    _use(monkeypatch, *programs)
+    attend, language = hopper_kernel.attend, gluon_emulator._language
+    has_token = itertools.cycle(grown)
+
+    def attend_beside_an_append(*args: Any, **options: Any) -> None:
+        table, lengths = args[3][:2]
+        final_table, final = table.clone(), lengths.clone()
+        last_page = torch.arange(table.shape[-1]) == final[..., None] // 64
+        begun = last_page & (final[..., None] % 64 == 1)
+        waits: list[Any] = []
+
+        def begin(*program: Any) -> Any:
+            has = torch.tensor([next(has_token) for _ in range(final.numel())]).view(final.shape)
+            lengths.copy_(torch.where(has, final, (final - 1).clamp(min=0)))
+            table[begun] = [-1, 2**31 - 1][len(waits) % 2]
+            return language(*program)
+
+        def wait(number: Any) -> None:
+            waits.append(number)
+            lengths.copy_(final)
+            table.copy_(final_table)
+
+        def let_the_merge_come() -> None:
+            assert torch.equal(lengths, final), "which it reads without waiting"
+
+        monkeypatch.setattr(gluon_emulator, "_language", begin)
+        monkeypatch.setattr(hopper_kernel, "gdc_launch_dependents", let_the_merge_come)
+        monkeypatch.setitem(hopper, WAIT_KNOWING.value, wait)
+        attend(*args, **{**options, "DEPENDENT": True})
+        assert len(waits) == args[0]
+
+    monkeypatch.setattr(hopper_kernel, "attend", attend_beside_an_append)
+    cache = _cache([[0, 1], [31, 32], [33, 64], [65, 129], [1, 97], [128, 641]])
+    compare(cache, _queries(6, 8, torch.float16), [5, 0, 3, 1, 4, 2], [700, 7, 80, 90, -1, 99])
 
 
 @pytest.mark.usefixtures("hopper")

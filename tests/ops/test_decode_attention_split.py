@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdms.ops.decode_attention import hopper_kernel
+from fastdms.ops.decode_attention import hopper_split_kernel
 from fastdms.ops.decode_attention.split_kernel import first_tile, owner
 from tests.ops.harness import DEVICE
 
@@ -54,9 +54,9 @@ def test_shares(total: int, programs: int, least: int) -> None:
 
 @_CUTS
 def test_gluon_cuts_alike(total: int, programs: int, least: int) -> None:
-    first_tile = hopper_kernel._first_tile.fn
+    first_tile = hopper_split_kernel._first_tile.fn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hopper_kernel, "gl", types.SimpleNamespace(minimum=min, maximum=max))
+        patch.setattr(hopper_split_kernel, "gl", types.SimpleNamespace(minimum=min, maximum=max))
         first = [first_tile(p, total, programs, least) for p in range(programs + 1)]
     shares = _shares(total, programs, least)
     assert first == [sum(shares[:p]) for p in range(programs + 1)]
