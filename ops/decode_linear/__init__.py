@@ -31,7 +31,9 @@ def decode_linear(
     swiglu: weight is ``[2 F, K]``, gate then up, and the result ``silu(gate) * up``, so N_out is F; else N_out is N.
     The residual comes last. Sums are fp32. Returns ``[B, N_out]`` in x's dtype, or in fp32 with ``fp32_out``. On CUDA
     a row of a contiguous x gives the same result, bit for bit, in whichever batch of several and place it comes; alone
-    it has a kernel of its own. Neither weight nor norm may be what the kernel launched just before writes.
+    it has a kernel of its own. With int4 weights and a 16-bit result that one first rounds h, each 32 numbers of it to
+    multiples of 2^-13 of the power of two below their largest; one that is infinite makes the row NaN.
+    On CUDA weight, scale, bias and norm may not be what an op of this package, launched before, still writes.
     Raises ValueError on shapes or dtypes that don't fit.
     """
     out: torch.Tensor = torch.ops.fastdms.decode_linear.default(

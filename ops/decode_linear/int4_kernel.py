@@ -108,7 +108,8 @@ dp4a.u32.s32 $1, o, $6, l;
 def fixed_point(x, BY_HAND: tl.constexpr):
     """(whole, step): ``x``, 32 tensors of fp32, as whole numbers of at most 2^14 times the same power of two.
 
-    step: NaN where one of the 32 is not finite. whole: as ``fixed_dot`` takes them.
+    step: NaN where one of the 32 is not finite. whole: as ``fixed_dot`` takes them, 32 tensors of numbers, or of the
+    words that they are in, 16 (BY_HAND).
     """
     largest = tl.abs(x[0])
     for i in tl.static_range(1, 32):
@@ -160,7 +161,7 @@ def _add_digits_dot(high, low, word, whole, i: tl.constexpr):
         even_high, odd_high = even_high[None, :], odd_high[None, :]
         even_low, odd_low = even_low[None, :], odd_low[None, :]
     return tl.inline_asm_elementwise(
-        _DIGITS_DOT, "=r,=r,r,r,r,r,r,r,r", [word, even_high, odd_high, even_low, odd_low, high, low],
+        _DIGITS_DOT, "=&r,=r,r,r,r,r,r,r,r", [word, even_high, odd_high, even_low, odd_low, high, low],
         dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
     )  # fmt: skip
 

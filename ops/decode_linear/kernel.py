@@ -263,11 +263,6 @@ def _decode_linear_kernel(
 
 
 @triton.jit
-def _add_and_maximum(sum_a, max_a, sum_b, max_b):
-    return sum_a + sum_b, tl.maximum(max_a, max_b)
-
-
-@triton.jit
 def _norm_kernel(
     x_ptr,
     norm_ptr,
@@ -283,9 +278,9 @@ def _norm_kernel(
 ):
     """out = x / sqrt(mean(x^2) + eps) * norm / power, a program for each row.
 
-    FORM: "plain", power is 1; "fp16", it is a power of two after which none of the row's numbers is above one, but by
-    a rounding; "parts", after which none is above 256, and out is their e4m3: four significant bits of each, and in the
-    row ``low`` rows below 16 times what they leave over.
+    FORM: "plain", power is 1; "fp16", it is a power of two after which none of the row's numbers is above one; "parts",
+    after which none is above 256, and out is their e4m3: four significant bits of each, and in the row ``low`` rows
+    below 16 times what they leave over.
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -296,12 +291,10 @@ def _norm_kernel(
     if DEPENDENT:
         gdc_wait()
     b_x = tl.load(x_ptr + row * stride_x_row + o_k, mask=m_k, other=0.0).to(tl.float32)
-    squares, largest = tl.reduce((b_x * b_x, tl.abs(b_x * b_norm)), 0, _add_and_maximum)
-    inverse = 1.0 / tl.sqrt_rn(squares / K + norm_eps)
-    b_x *= inverse
+    b_x *= 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, 0) / K + norm_eps)
     b_x *= b_norm
     if FORM != "plain":
-        power = power_of_two(largest * inverse)
+        power = power_of_two(tl.max(tl.abs(b_x), 0))
         b_x /= power
         tl.store(power_ptr + row, power / 256.0 if FORM == "parts" else power)
     p_out = out_ptr + row * K + o_k

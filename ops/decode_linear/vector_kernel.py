@@ -57,7 +57,7 @@ def tile(n: int, k: int, bits: int, swiglu: bool) -> Tile:
         if n >= 2**13:
             return Tile(channels=8, warps=1)
         if k > 2**11:
-            return Tile(channels=4, warps=4, loads=2)
+            return Tile(channels=4, warps=4, loads=1 if swiglu else 2)
         return Tile(channels=4 if n > 2**11 else 2, warps=2)
     if swiglu:
         return Tile(channels=4, warps=1) if bits == 8 else Tile(channels=2, warps=2, loads=4)
@@ -327,7 +327,7 @@ def decode_vector(
         EVEN=words % block == 0, X_DTYPE=_DTYPES[x.dtype], W_DTYPE=_DTYPES[weight.dtype],
         HAS_SCALE=scale is not None and not group, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None, SWIGLU=swiglu, GROUP=group, BY_HAND=x.is_cuda,
-        FIXED=group > 0 and out.element_size() == 2,
+        FIXED=group > 0 and out.element_size() == 2,  # what is rounded to 16 bits hides the rounding of x
         num_warps=cut.warps, **dependent_launch(x.device),
     )  # fmt: skip
 

@@ -152,9 +152,9 @@ def _attend_hopper_kernel(
 
     i_h = gl.program_id(1)
     pid = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest first
-    i_b, block, begin, end = _find_chunk(pid, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
     if DEPENDENT:
         gdc_wait()
+    i_b, block, begin, end = _find_chunk(pid, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
     if i_b == num_chunks:  # the tokens after the last row's: padding
         begin = gl.load(chunk_indptr_ptr + num_chunks)
         end = tokens

@@ -17,7 +17,6 @@ from fastdms.ops.int4 import INT4
 from tests.ops.harness import BACKENDS, DEVICE
 from tests.ops.linears import (
     DTYPES,
-    EPS,
     FLAGS,
     FP8,
     GPU,
@@ -204,20 +203,25 @@ def test_an_empty_batch(backend: str, fp32_out: bool) -> None:
 
 @GPU
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_chain_of_dependent_launches(rows: int) -> None:
+@pytest.mark.parametrize("weight_dtype", [None, FP8, INT4], ids=["bf16", "fp8", "int4"])
+def test_a_chain_of_dependent_launches(weight_dtype: torch.dtype | None, rows: int) -> None:
     """Each layer begins before the one ahead of it has ended, and reads what that one wrote, in graphs too."""
     dtype, layers = torch.bfloat16, 12
-    weights = [(torch.randn(4096, 1024, device=DEVICE) / 32, torch.randn(1024, 2048, device=DEVICE) / 45)
-               for _ in range(layers)]  # fmt: skip
-    weights = [(a.to(dtype), b.to(dtype)) for a, b in weights]
-    norm = torch.rand(1024, device=DEVICE).add(0.5).to(dtype)
+    pairs = [
+        (
+            make_inputs(rows, 2048, 1024, dtype, weight_dtype, norm=True, bias=True, swiglu=True),
+            make_inputs(rows, 1024, 2048, dtype, weight_dtype, bias=True),
+        )
+        for _ in range(layers)
+    ]
+    pairs = [(to_device(DEVICE, up), to_device(DEVICE, down)) for up, down in pairs]
 
     def run(x: torch.Tensor, *, wait: bool = False) -> torch.Tensor:
-        for up, down in weights:
-            hidden = decode_linear(x, up, norm=norm, norm_eps=EPS, swiglu=True)
+        for up, down in pairs:
+            hidden = decode_linear(**up | {"x": x})
             if wait:
                 torch.cuda.synchronize()
-            x = decode_linear(hidden, down, residual=x)
+            x = decode_linear(**down | {"x": hidden, "residual": x})
             if wait:
                 torch.cuda.synchronize()
         return x

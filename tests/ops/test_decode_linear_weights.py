@@ -95,7 +95,8 @@ def test_every_fp8_weight(rows: int, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=GPU)])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_every_int4_weight_in_every_place(rows: int, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("fp32_out", [False, True])
+def test_every_int4_weight_in_every_place(fp32_out: bool, rows: int, dtype: torch.dtype, backend: str) -> None:
     """Exactly; the known bits of a word, by hand."""
     words = torch.tensor([[0x76543210, -0x01234568, 0, -1]], dtype=torch.int32)  # -0x01234568 is 0xfedcba98
     expected = [*range(-8, 8), *([-8] * 8), *([7] * 8)]
@@ -104,20 +105,24 @@ def test_every_int4_weight_in_every_place(rows: int, dtype: torch.dtype, backend
     for place, value in enumerate(expected):
         x = torch.zeros(rows, 32, dtype=dtype)
         x[:, place] = 1.0
-        out = run_linear(backend, {"x": x, "weight": words.expand(2, 4).contiguous(), "scale": scale, "fp32_out": True})
+        weight = words.expand(2, 4).contiguous()
+        out = run_linear(backend, {"x": x, "weight": weight, "scale": scale, "fp32_out": fp32_out})
         assert out.tolist() == [[value * 0.5, value * -3.0]] * rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("group", GROUPS)
-def test_int4_groups_have_scales_of_any_size(group: int, rows: int, backend: str) -> None:
-    """Of any dtype, too, those that fp16 can't hold among them."""
+@pytest.mark.parametrize("fp32_out", [False, True])
+def test_int4_groups_have_scales_of_any_size(fp32_out: bool, group: int, rows: int, backend: str) -> None:
+    """Of any dtype, too, those that fp16 can't hold among them where it need not hold the result."""
     inputs = make_inputs(rows, 9, 384, torch.float16)
     for dtype, largest in ((torch.float32, 30), (torch.bfloat16, 30), (torch.float16, 4)):
+        if not fp32_out:
+            largest = min(largest, 3)
         packed, scale = quantise_int4(inputs["weight"], group)
         sizes = 10.0 ** torch.linspace(-largest, largest, scale.shape[1])
-        case = inputs | {"weight": packed, "scale": (scale.float() * sizes).to(dtype), "fp32_out": True}
+        case = inputs | {"weight": packed, "scale": (scale.float() * sizes).to(dtype), "fp32_out": fp32_out}
         case["scale"][0] = 0.0
         out = run_linear(backend, case)
         assert_right(out, case)
@@ -142,6 +147,18 @@ def test_one_row_by_int4_has_14_bits_of_the_largest_of_32(dtype: torch.dtype, po
     weight = exact_weight(inputs["weight"], inputs["scale"]).abs().view(40, 8, 32)
     lost = 2.0**-14 * (blocks.amax(-1) @ weight.sum(-1).T)
     assert bool(((out - oracle).abs() <= rounding_band(oracle, dtype) + LOGITS_RELATIVE * oracle.abs() + lost).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_row_by_int4_keeps_every_bit_that_it_says(backend: str) -> None:
+    """Odd multiples of 2^-13 beside one just below 2, each by a channel of its own."""
+    x = (2.0 * torch.arange(32) + 1.0) * 2.0**-13
+    x[5] = 2.0 - 2.0**-10
+    weight = torch.full((32, 32), 8)  # 0, and 1 on the diagonal
+    weight += torch.eye(32, dtype=torch.int64)
+    words = (weight.view(32, 4, 8) << 4 * torch.arange(8)).sum(-1).to(torch.uint32).view(torch.int32)
+    inputs = {"x": x[None].to(torch.float16), "weight": words, "scale": torch.ones(32, 1)}
+    assert torch.equal(run_linear(backend, inputs)[0], inputs["x"][0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
