@@ -4,7 +4,6 @@ the model that most of them run."""
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import random
 import sys
@@ -34,7 +33,6 @@ else:
 
 # One thread: the models are tiny, and two cores are better used by two workers (`pytest -n 2`).
 torch.set_num_threads(1)
-logging.getLogger("torch.__trace").propagate = False  # else each failure report ends in pages of compiler events
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
