@@ -137,7 +137,7 @@ class ModelRunner:
             self.graphs = GraphCache(
                 step, mode=mode, buckets=decode_buckets(max_concurrency), device=self.device,
                 model=_fingerprint(decoder, cache), kv_dtype=str(cache.config.kv_dtype),
-                state=lambda: {**_state(decoder, cache), "ring": ring}, artifacts=ARTIFACTS, debug=debug,
+                state=lambda: {**_state(decoder, cache), "token_ring": ring}, artifacts=ARTIFACTS, debug=debug,
             )  # fmt: skip
             self.graphs.warm_up()
             if prefill_chunk and not (decoder.dms is not None and decoder.dms.prefill == "dense"):

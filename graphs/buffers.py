@@ -58,7 +58,7 @@ class StepBuffers(NamedTuple):
         """Write ``inputs`` and mark the entries after them as padding (position -1); returns what they then hold.
 
         held: what the last ``fill`` of these entries returned, if nothing has been written to them since: then only
-        what differs is, which in a batch that goes on is tokens, positions and slots.
+        what differs is, which in a batch that goes on is tokens and positions.
         """
         padding = [RowInput(row=0, token=0, position=-1)] * (self.tokens.shape[0] - len(inputs))
         entries = [*inputs, *padding]

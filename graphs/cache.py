@@ -60,7 +60,7 @@ class GraphCache:
 
     step: the whole decode step over static buffers; padding entries (position -1) touch no state, so that warming up
         with nothing but padding leaves none behind. It may leave the tokens and positions of the next step in them, and
-        must then leave the slots after these, too.
+        must leave the slots after its own.
     mode: ``"eager"`` calls it, ``"compile"`` compiles it with ``fullgraph=True`` for each bucket, ``"graphs"`` captures
         that into one CUDA graph per bucket, which a step then replays.
     model: the ``fingerprint`` of what the step is built from; kv_dtype: of its cache. Both enter the keys.
@@ -231,8 +231,9 @@ class GraphCache:
         assert self._held is not None
         columns, self._held = self._held[1], None  # should the step break off
         tokens, logits = entry.run()
-        self._held = bucket, (None, None, None, *columns[3:])  # tokens, positions and slots are the step's to change
         self.slot = (self.slot + 1) % RING_SLOTS
+        slots = [self.slot] * len(bucket.inputs.slots)
+        self._held = bucket, (None, None, slots, *columns[3:])  # tokens and positions are the step's to change
         bucket.runs += 1
         bucket.padded_rows += tokens.shape[0] - self._num_rows
         return tokens[: self._num_rows], logits[: self._num_rows]

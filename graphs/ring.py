@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 __all__ = ["RING_SLOTS", "Sent", "TokenRing"]
@@ -39,7 +41,8 @@ class TokenRing:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._on_host = torch.zeros_like(self.tokens, device="cpu", pin_memory=True)
-            self._stream = torch.cuda.Stream(device)
+            self._stream = _copy_stream(device)
+            self.tokens.record_stream(self._stream)  # a copy under way outlives the ring
             self._copied = [torch.cuda.Event() for _ in range(RING_SLOTS)]
 
     def free(self, slot: int) -> None:
@@ -59,3 +62,9 @@ class TokenRing:
                 copied.record()
         sent = self._sent[slot] = Sent(on_host, copied)
         return sent
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all models of a device: torch hands out 32, and another model may capture on any that is taken anew."""
+    return torch.cuda.Stream(device)

@@ -83,13 +83,14 @@ def landed(model: fastdms.CompiledModel, under_way: int, *, repeats: int = 1, la
 
 def test_steps_leave_their_tokens_slot_by_slot() -> None:
     with compiled(tiny_model("qwen3"), **OPTIONS) as model:
-        runner, slots = engine_of(model).runner, []
-        decode = runner.decode
+        runner, slots, ran = engine_of(model).runner, [], []
+        decode, run = runner.decode, runner.graphs._run
+        runner.graphs._run = lambda *args: ran.append(run(*args)) or ran[-1]  # type: ignore[method-assign,func-returns-value]
 
         def seen(inputs: Sequence[RowInput] | None) -> Flight:
             slots.append(runner.graphs.slot)
             flight = decode(inputs)
-            assert runner._ring.tokens[slots[-1], : len(flight.logits)].tolist() == flight.land()
+            assert ran[-1][0].tolist() == flight.land()
             return flight
 
         runner.decode = seen  # type: ignore[method-assign]
@@ -104,6 +105,15 @@ def test_no_slot_is_written_before_it_was_read(under_way: int) -> None:
     """However late a step's tokens are asked for."""
     with compiled(tiny_model("qwen3"), **OPTIONS) as model:
         assert landed(model, under_way) == landed(model, 0)
+
+
+def test_the_ring_hides_no_tensor_of_the_cache_from_the_debug_check() -> None:
+    with compiled(tiny_model("qwen3"), **OPTIONS) as model:
+        engine = engine_of(model)
+        watched = {id(tensor) for tensor in engine.runner.graphs._state().values()}
+        own = {name: x for name, x in vars(engine.cache).items() if isinstance(x, torch.Tensor)}
+        assert {name for name, x in own.items() if id(x) not in watched} == set()
+        assert len(own) > 5
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 __all__ = ["Launch", "layers_of", "median_step"]
 
 _ENDS_STEP = ("_draw_kernel", "fastdms::sample")
-_TO_HOST = "Memcpy DtoH"
+_TO_HOST = "Memcpy DtoH (Device -> Pinned)"
 _APPENDS = ("_decode_append_kernel", "fastdms::decode_append")
 
 
