@@ -106,90 +106,6 @@ def _load_until(tile, lasts, o_n):
     return gl.load(gl.where(is_late, p_late, p_until) + o_k, mask=m_n, other=-1)
 
 
-@gluon.jit
-def _multiply(
-    tile, b_w, b_old, b_acc, b_q, ring, copies, X: gl.constexpr, ACC: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """Start the products of a tile's weights and of the next one's keys, and wait for the latter."""
-    ends, first_rows, descs = copies
-    b_next = _scores(tile + 1, b_q, ring, X, STAGES)
-    b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
-    _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
-    return warpgroup_mma_wait(1, [b_next]), b_acc
-
-
-@gluon.jit
-def _clear_tiles(
-    begin, end, state, scale_log2, b_q, ring, copies, X: gl.constexpr, ACC: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    """Tiles ``[begin, end)``, whose keys every query sees. state: scores of the first, maximum, sum, accumulator."""
-    b_x, b_max, b_sum, b_acc = state
-    total = copies[0][2]
-    for tile in range(begin, end):
-        _wait(tile + 1, total, ring[2], STAGES)
-        _wait(tile, total, ring[3], STAGES)
-        b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
-        b_acc = warpgroup_mma_wait(0, [b_acc])
-        b_x, b_acc = _multiply(tile, b_w, b_old, b_acc, b_q, ring, copies, X, ACC, STAGES)
-    return b_x, b_max, b_sum, b_acc
-
-
-@gluon.jit
-def _masked_tiles(
-    begin, end, state, scale_log2, b_q, ring, copies, keys, query, b_until, lasts,
-    FLAGGED: gl.constexpr, IS_NARROW: gl.constexpr, X: gl.constexpr, ACC: gl.constexpr, WIDE: gl.constexpr,
-    FLAT: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Tiles ``[begin, end)``, of whose keys some queries don't see all: because they are flagged and out of the window,
-    or not there; or, not FLAGGED, because they come later.
-
-    keys: how many there are packed, late, and in the band, and where the band begins. b_until: the first tile's. lasts:
-    what the next ones' are loaded from. IS_NARROW: a tile may have keys that are flagged and others that come later.
-    """
-    b_x, b_max, b_sum, b_acc = state
-    packed, late, total = copies[0]
-    num_packed, num_late, num_band, band = keys
-    BLOCK_N: gl.constexpr = b_x.shape[1]
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, X)
-    o_n = gl.arange(0, BLOCK_N, FLAT)
-    for tile in range(begin, end):
-        _wait(tile + 1, total, ring[2], STAGES)
-        _wait(tile, total, ring[3], STAGES)
-        # The tile's first key, counted among those of its kind, and how many of them there are from it on.
-        first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
-        num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, num_band)) - first
-        # A key is visible if its row's number is no more than its column's: the query and the last one that sees the
-        # key, or, both negative, the query and the key.
-        if FLAGGED:
-            b_ahead = _load_until(tile + 1, lasts, o_n)
-            b_column = b_until
-            if tile < packed:
-                b_column = gl.where(o_n < num_keys, _FOREVER, -1)
-            b_until = b_ahead
-            b_row = query
-        else:
-            b_column = -(first + band + o_n)
-            b_row = -query
-        b_column = gl.convert_layout(b_column, COLUMNS)
-        b_x = gl.where(b_row[:, None] <= b_column[None, :], b_x, float("-inf"))
-        if FLAGGED and IS_NARROW:
-            b_from = gl.where(tile < late, -1, first + band) + gl.arange(0, BLOCK_N, COLUMNS)
-            b_row = gl.where(tile < late, _FOREVER, query)
-            b_x = gl.where(b_from[None, :] <= b_row[:, None], b_x, float("-inf"))
-        b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
-        b_acc = warpgroup_mma_wait(0, [b_acc])
-        # Rows after these keys are someone else's or nobody's, and a weight of zero leaves a NaN.
-        if num_keys < BLOCK_N:
-            b_v = ring[1].index(tile % STAGES)
-            m_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, WIDE)) < num_keys
-            b_values = b_v.load(WIDE)
-            b_v.store(gl.where(m_n[:, None], b_values, gl.zeros_like(b_values)))
-            fence_async_shared()
-            barrier()
-        b_x, b_acc = _multiply(tile, b_w, b_old, b_acc, b_q, ring, copies, X, ACC, STAGES)
-    return b_x, b_max, b_sum, b_acc
-
-
 @gluon.jit(do_not_specialize=["num_chunks", "tokens"])
 def _attend_hopper_kernel(
     q_ptr,
@@ -230,6 +146,7 @@ def _attend_hopper_kernel(
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, X)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, X)
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [num_warps, 1], [1, 0])
 
@@ -299,24 +216,57 @@ def _attend_hopper_kernel(
         # Of tokens in the ring and of the chunk's own: the last query that sees them, loaded a tile ahead.
         p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
         p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
+        o_n = gl.arange(0, BLOCK_N, FLAT)
         lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
-        b_until = _load_until(whole, lasts, gl.arange(0, BLOCK_N, FLAT))
+        b_until = _load_until(whole, lasts, o_n)
 
-        copies = (ends, first_rows, descs)
-        keys = (num_packed, num_late, end - begin - band, band)
+        b_acc = warpgroup_mma_init(b_acc)
+        for tile in range(0, whole):
+            _wait(tile + 1, total, k_here, STAGES)
+            _wait(tile, total, v_here, STAGES)
+            b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+            b_acc = warpgroup_mma_wait(0, [b_acc])
+            b_next = _scores(tile + 1, b_q, ring, X, STAGES)
+            b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
+            _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
+            b_x = warpgroup_mma_wait(1, [b_next])
+
         query = first_query + gl.arange(0, BLOCK_R, ROWS) // G
-        IS_NARROW: gl.constexpr = WINDOW < BLOCK_M + BLOCK_N
-        state = (b_x, b_max, b_sum, warpgroup_mma_init(b_acc))
-        state = _clear_tiles(0, whole, state, scale_log2, b_q, ring, copies, X, ACC, STAGES)
-        state = _masked_tiles(
-            whole, flagged, state, scale_log2, b_q, ring, copies, keys, query, b_until, lasts,
-            True, IS_NARROW, X, ACC, WIDE, FLAT, STAGES,
-        )  # fmt: skip
-        state = _clear_tiles(flagged, clear, state, scale_log2, b_q, ring, copies, X, ACC, STAGES)
-        b_x, b_max, b_sum, b_acc = _masked_tiles(
-            clear, total, state, scale_log2, b_q, ring, copies, keys, query, b_until, lasts,
-            False, IS_NARROW, X, ACC, WIDE, FLAT, STAGES,
-        )  # fmt: skip
+        for tile in range(whole, total):
+            _wait(tile + 1, total, k_here, STAGES)
+            _wait(tile, total, v_here, STAGES)
+            # The tile's first key, counted among those of its kind, and how many of them there are from it on.
+            first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
+            num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
+            b_ahead = _load_until(tile + 1, lasts, o_n)
+            if (tile < flagged) | (tile >= clear):
+                # A key is visible if its row's number is no more than its column's: the query and the last one that
+                # sees the key, or, both negative, the query and the key.
+                b_column = b_until
+                if (tile < packed) | (tile >= flagged):
+                    b_column = gl.where(tile < packed, gl.where(o_n < num_keys, _FOREVER, -1), -(first + band + o_n))
+                b_column = gl.convert_layout(b_column, COLUMNS)
+                b_row = gl.where(tile < flagged, query, -query)
+                b_x = gl.where(b_row[:, None] <= b_column[None, :], b_x, float("-inf"))
+                if WINDOW < BLOCK_M + BLOCK_N:  # keys out of some query's window may come after another
+                    b_from = gl.where(tile < late, -1, first + band) + gl.arange(0, BLOCK_N, COLUMNS)
+                    b_row = gl.where(tile < late, _FOREVER, query)
+                    b_x = gl.where(b_from[None, :] <= b_row[:, None], b_x, float("-inf"))
+            b_until = b_ahead
+            b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
+            b_acc = warpgroup_mma_wait(0, [b_acc])
+            # Rows after these keys are someone else's or nobody's, and a weight of zero leaves a NaN.
+            if num_keys < BLOCK_N:
+                b_v = v_ring.index(tile % STAGES)
+                m_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, WIDE)) < num_keys
+                b_values = b_v.load(WIDE)
+                b_v.store(gl.where(m_n[:, None], b_values, gl.zeros_like(b_values)))
+                fence_async_shared()
+                barrier()
+            b_next = _scores(tile + 1, b_q, ring, X, STAGES)
+            b_acc = _accumulate(tile, b_w, b_old, b_acc, ring, ACC, STAGES)
+            _fetch(tile + STAGES - 1, ends, first_rows, descs, ring, STAGES)
+            b_x = warpgroup_mma_wait(1, [b_next])
         b_acc = warpgroup_mma_wait(0, [b_acc])
         b_out = b_acc / gl.convert_layout(b_sum, gl.SliceLayout(1, ACC))[:, None]
         b_q.store(b_out.to(DTYPE))
