@@ -57,14 +57,21 @@ def _fetch(
 
 
 @gluon.jit
-def _load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _load_scale_and_bias(
+    scale_ptr, bias_ptr, o_n, N, SWIGLU: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr
+):  # fmt: skip
     """``load_scale_and_bias`` of vector_kernel."""
     b_scale, b_bias = 1.0, 0.0
     if HAS_SCALE:
         b_scale = gl.load(scale_ptr + o_n)
     if HAS_BIAS:
         b_bias = gl.load(bias_ptr + o_n)
-    return b_scale, b_bias
+    b_scale_up, b_bias_up = b_scale, b_bias
+    if SWIGLU and HAS_SCALE:
+        b_scale_up = gl.load(scale_ptr + (o_n + N))
+    if SWIGLU and HAS_BIAS:
+        b_bias_up = gl.load(bias_ptr + (o_n + N))
+    return b_scale, b_bias, b_scale_up, b_bias_up
 
 
 @gluon.jit
@@ -147,10 +154,8 @@ def _decode_linear_hopper_kernel(
         m_out = (o_r < B)[None, :] & (o_c < N)[:, None]
         o_c = gl.minimum(o_c, N - 1)
         # What follows the sums is on its way before them.
-        b_scale, b_bias = _load_scale_and_bias(scale_ptr, bias_ptr, o_c, HAS_SCALE, HAS_BIAS)
-        b_scale_up, b_bias_up = b_scale, b_bias
-        if SWIGLU:
-            b_scale_up, b_bias_up = _load_scale_and_bias(scale_ptr, bias_ptr, o_c + N, HAS_SCALE, HAS_BIAS)
+        scales_and_biases = _load_scale_and_bias(scale_ptr, bias_ptr, o_c, N, SWIGLU, HAS_SCALE, HAS_BIAS)
+        b_scale, b_bias, b_scale_up, b_bias_up = scales_and_biases
         acc = b_zero
         for i in range(0, STEPS):
             step = item * STEPS + i

@@ -217,10 +217,8 @@ def _decode_linear_kernel(
         b_group = int4_scales(scale_ptr, o_n, 0, K, WARPS, GROUP)
         if SWIGLU:
             b_group_up = int4_scales(scale_ptr, o_n + N, 0, K, WARPS, GROUP)
-    b_scale, b_bias = load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
-    b_scale_up, b_bias_up = b_scale, b_bias
-    if SWIGLU:
-        b_scale_up, b_bias_up = load_scale_and_bias(scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+    scales_and_biases = load_scale_and_bias(scale_ptr, bias_ptr, o_n, N, SWIGLU, HAS_SCALE, HAS_BIAS)
+    b_scale, b_bias, b_scale_up, b_bias_up = scales_and_biases
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
     if HAS_POWER:

@@ -153,14 +153,22 @@ def _load_scales(scale_ptr, o_n, first, words, BLOCK: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
-def load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Of the output channels ``o_n``, as stored; 1 and 0 where there are none."""
+def load_scale_and_bias(
+    scale_ptr, bias_ptr, o_n, N, SWIGLU: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """Scales and biases of the output channels ``o_n``, and with SWIGLU of those N further on, as stored; 1 and 0 where
+    there are none."""
     b_scale, b_bias = 1.0, 0.0
     if HAS_SCALE:
         b_scale = tl.load(scale_ptr + o_n)
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + o_n)
-    return b_scale, b_bias
+    b_scale_up, b_bias_up = b_scale, b_bias
+    if SWIGLU and HAS_SCALE:
+        b_scale_up = tl.load(scale_ptr + (o_n + N))
+    if SWIGLU and HAS_BIAS:
+        b_bias_up = tl.load(bias_ptr + (o_n + N))
+    return b_scale, b_bias, b_scale_up, b_bias_up
 
 
 @triton.jit
@@ -228,10 +236,8 @@ def _decode_vector_kernel(
     if HAS_NORM:
         norms = _load_pieces(norm_ptr, 0, words, BLOCK_W, PIECES, False)
     # What follows the sums is on its way before them, too.
-    b_scale, b_bias = load_scale_and_bias(scale_ptr, bias_ptr, o_n, HAS_SCALE, HAS_BIAS)
-    b_scale_up, b_bias_up = b_scale, b_bias
-    if SWIGLU:
-        b_scale_up, b_bias_up = load_scale_and_bias(scale_ptr, bias_ptr, o_n + N, HAS_SCALE, HAS_BIAS)
+    scales_and_biases = load_scale_and_bias(scale_ptr, bias_ptr, o_n, N, SWIGLU, HAS_SCALE, HAS_BIAS)
+    b_scale, b_bias, b_scale_up, b_bias_up = scales_and_biases
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
     if HAS_RESIDUAL:
