@@ -28,13 +28,16 @@ _STAGES = gl.constexpr(3)
 
 @gluon.jit
 def _produce(x_desc, tiles, ring, here, free, FAULT: gl.constexpr):
-    for tile in range(tiles):
+    for tile in range(tiles + 1 if FAULT == "a tile too many" else tiles):
         stage = tile % _STAGES
         mbarrier.wait(free.index(stage), (tile // _STAGES + 1) & 1, pred=tile >= _STAGES)
         gl.static_assert(FAULT != "a worker fails", "on purpose")
         if FAULT != "no tile comes":
             mbarrier.expect(here.index(stage), 2 * _N * _N)
-            load_tile(x_desc, [tile * _N, 0], here.index(stage), ring.index(stage))
+            if FAULT == "expected twice":
+                mbarrier.expect(here.index(stage), 2 * _N * _N)
+            row = tile * _N + (8 if FAULT == "past the last row" else 0) * _N
+            load_tile(x_desc, [0 if tile == tiles else row, 0], here.index(stage), ring.index(stage))
 
 
 @gluon.jit
@@ -82,8 +85,11 @@ def _sum_kernel(x_desc, y_ptr, out_ptr, rows, tiles, FAULT: gl.constexpr, num_wa
     for stage in gl.static_range(_STAGES):
         mbarrier.init(here.index(stage), count=1)
         mbarrier.init(free.index(stage), count=2)
+        if FAULT == "initialised twice":
+            mbarrier.init(free.index(stage), count=2)
     fence_async_shared()
-    barrier()
+    if FAULT != "no meeting at first":
+        barrier()
     shared = (ring, here, free, FAULT)
     gl.warp_specialize(
         [
@@ -127,6 +133,11 @@ def test_partitions_share_tiles(tiles: int, rows: int, monkeypatch: pytest.Monke
         ("they store different things", AssertionError, "overwritten while it is needed"),
         ("one never releases", AssertionError, "wait for ever: 1 of 2 arrived"),
         ("no tile comes", AssertionError, "wait for ever: 0 of 1 arrived.*; 0 of 1 arrived"),
+        ("a tile too many", AssertionError, "ends before all has come"),
+        ("expected twice", AssertionError, "nobody waited for the phase before"),
+        ("past the last row", AssertionError, "outside of its tensor"),
+        ("initialised twice", AssertionError, "initialised twice"),
+        ("no meeting at first", AssertionError, "don't see this barrier yet"),
         ("a worker fails", AssertionError, "on purpose"),
     ],
 )
