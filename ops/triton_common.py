@@ -117,8 +117,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
       Hopper kernel makes a plan, which it keeps only if the final ones give the same. What else is used after the wait
       is read after it.
 
-    All of these reads go past the multiprocessor's cache (".cg"), in which an old word would stay beyond the wait. L2
-    is common to all multiprocessors and never behind a write, so that it may be asked even for what is being written.
+    All of these reads go past the multiprocessor's cache (".cg"), by which the wait's promise, that what is read after
+    it is what was written, need not cover them. L2 is common to all multiprocessors and never behind a write, so that
+    it may be asked even for what is being written.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"DEPENDENT": True, "launch_pdl": True}

@@ -117,8 +117,7 @@ def _decode_append_kernel(
     if DEPENDENT:
         ask_l2(starved_ptr + row)
         ask_l2(num_free_ptr)
-        # Old or new, these only decide what else L2 is asked for; past the multiprocessor's cache, where old ones would
-        # stay.
+        # Old or new, these only decide what else L2 is asked for; they are read past the multiprocessor's cache.
         entry = tl.load(p_entry, cache_modifier=".cg")
         likely = tl.load(live_len_ptr + span, cache_modifier=".cg")
         likely = tl.where((position > WINDOW) & (entry & 1 == 1), entry >> 1, likely)

@@ -225,7 +225,7 @@ def _decode_hopper_kernel(
     m_s = m_s & (position >= 0)
     p_lengths = live_len_ptr + row * HKV + o_s % HKV
     batch = (o_s, num_spans, row, page_table_ptr, max_pages, q_ptr, stride_q_token, stride_q_head)
-    # Past the multiprocessor's cache, in which a length that the append is about to change would stay.
+    # Past the multiprocessor's cache: the append may be about to change them.
     lengths = gl.load(p_lengths, mask=m_s, other=0, cache_modifier=".cg")
     tiles_of = (lengths + BLOCK_N - 1) // BLOCK_N
     cut, tile, end = plan(tiles_of, i_p, PROGRAMS, RESTART, LEAST)

@@ -82,8 +82,8 @@ def ask_ahead(
     k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, p_page, tile, num_pages, WORDS: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Asks L2, and nothing nearer, for a tile of a span. Its page's number may be an old one: it is read past the
-    multiprocessor's cache, in which it would stay, and whatever it is, a page of the pool is asked for."""
+    """Asks L2, and nothing nearer, for a tile of a span. Its page's number may be an old one, so it is read past the
+    multiprocessor's cache, and whatever it is, a page of the pool is asked for."""
     page = gl.minimum(gl.maximum(gl.load(p_page, cache_modifier=".cg"), 0), num_pages - 1)
     slot = first_slot(page, tile, PAGE, BLOCK_N)
     _ask_l2(k_ptr + slot * WORDS, BLOCK_N * WORDS * 4)

@@ -153,43 +153,53 @@ def test_any_lengths_over_any_programs(data: st.DataObject) -> None:
 @pytest.mark.skipif(DEVICE != CPU, reason="the emulator's wait")
 @pytest.mark.parametrize("programs", [(1, 1), (1, 5), (7, 16)], ids=str)
 @pytest.mark.parametrize(
-    "grown", [[True], [False], [True, False], [False, False, True], [False, True, True, True]], ids=str
+    "grown", [[True], [False], [True, False], [False, True, True, True, False], [True] * 6 + [False], None], ids=str
 )
 def test_lengths_change_until_the_wait(
-    grown: list[bool], programs: tuple[int, int], hopper: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before it waits, each program finds some spans without their last token, others than the program before it, and
-    of pages that a last token has begun an absurd number. grown: which spans have the token early, in turn."""
+    grown: list[bool] | None, programs: tuple[int, int], hopper: dict[str, Callable[..., Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Before it waits, each program finds some spans without their last token, others than the program before it, all
+    else that ops write absurd, and lengths of any size where grown is None. Else it says which spans have the token
+    early, in turn; five and seven turns are none of the twelve spans."""
     _use(monkeypatch, *programs)
     attend, language = hopper_kernel.attend, gluon_emulator._language
-    has_token = itertools.cycle(grown)
+    has_token = itertools.cycle(grown or [])
 
     def attend_beside_an_append(*args: Any, **options: Any) -> None:
-        table, lengths = args[3][:2]
-        final_table, final = table.clone(), lengths.clone()
-        last_page = torch.arange(table.shape[-1]) == final[..., None] // 64
-        begun = last_page & (final[..., None] % 64 == 1)
+        queries, (table, lengths) = args[1][0], args[3][:2]
+        written = [queries, table, lengths, *args[2]]
+        final = [x.clone() for x in written]
         waits: list[Any] = []
+        found = set()
 
         def begin(*program: Any) -> Any:
-            has = torch.tensor([next(has_token) for _ in range(final.numel())]).view(final.shape)
-            lengths.copy_(torch.where(has, final, (final - 1).clamp(min=0)))
-            table[begun] = [-1, 2**31 - 1][len(waits) % 2]
+            queries.fill_(torch.nan)
+            for stored in args[2]:
+                stored.view(torch.uint8).fill_(0x7F)  # e4m3's NaN
+            table.random_(-(2**31), 2**31 - 1)
+            if grown is None:
+                lengths.random_(0, table.shape[-1] * 64 + 1)
+            else:
+                has = torch.tensor([next(has_token) for _ in range(lengths.numel())]).view(lengths.shape)
+                lengths.copy_(torch.where(has, final[2], (final[2] - 1).clamp(min=0)))
+            found.add(tuple(lengths.flatten().tolist()))
             return language(*program)
 
         def wait(number: Any) -> None:
             waits.append(number)
-            lengths.copy_(final)
-            table.copy_(final_table)
+            for x, value in zip(written, final, strict=True):
+                x.copy_(value)
 
         def let_the_merge_come() -> None:
-            assert torch.equal(lengths, final), "which it reads without waiting"
+            assert torch.equal(lengths, final[2]), "which it reads without waiting"
 
         monkeypatch.setattr(gluon_emulator, "_language", begin)
         monkeypatch.setattr(hopper_kernel, "gdc_launch_dependents", let_the_merge_come)
         monkeypatch.setitem(hopper, WAIT_KNOWING.value, wait)
         attend(*args, **{**options, "DEPENDENT": True})
         assert len(waits) == args[0]
+        assert len(found) > 1 or args[0] == 1 or (grown is not None and len(grown) < 3)
 
     monkeypatch.setattr(hopper_kernel, "attend", attend_beside_an_append)
     cache = _cache([[0, 1], [31, 32], [33, 64], [65, 129], [1, 97], [128, 641]])
