@@ -71,6 +71,17 @@ def _load_queries(p_q, stride_q_head, G: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _meet_and_load(
+    tile, end, cut, batch, stride_q_head, HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """``meet``, and what lies at its addresses."""
+    span, stop, first, last, table, p_page, p_page_after, p_q = meet(tile, end, cut, batch, HKV, G, PAGE, BLOCK_N)
+    page, page_after = gl.load(p_page), gl.load(p_page_after)
+    return span, stop, first, last, table, page, page_after, _load_queries(p_q, stride_q_head, G, D)
+
+
+@gluon.jit
 def _query_places(b_q, WORDS: gl.constexpr, QUERIES: gl.constexpr):
     """Queries ``[D, 8]`` in fp32 as ``[WORDS, 8]``, for each of the four places in a word."""
     even, odd = gl.split(b_q.to(gl.float32).reshape([WORDS, 2, 2, 8]).permute([0, 3, 1, 2]))
@@ -244,9 +255,9 @@ def _decode_hopper_kernel(
     final_tiles_of = (lengths + BLOCK_N - 1) // BLOCK_N
     if gl.sum((final_tiles_of != tiles_of).to(gl.int32), 0) > 0:
         cut, tile, end = plan(final_tiles_of, i_p, PROGRAMS, RESTART, LEAST)
-        span, stop, first, last, table, p_page, p_page_after, p_q = meet(tile, end, cut, batch, HKV, G, PAGE, BLOCK_N)
-        page, page_after = gl.load(p_page), gl.load(p_page_after)
-        b_q = _load_queries(p_q, stride_q_head, G, D)
+        span, stop, first, last, table, page, page_after, b_q = _meet_and_load(
+            tile, end, cut, batch, stride_q_head, HKV, G, D, PAGE, BLOCK_N
+        )
     o_g = gl.arange(0, 8, gl.SliceLayout(0, ACC))
     while tile < end:
         live = gl.sum(gl.where(o_s == span, lengths, 0), 0)
@@ -297,11 +308,9 @@ def _decode_hopper_kernel(
         _store_places(acc_ptr, b_acc, i_p + span, G, D)
         tile = stop
         if tile < end:
-            span, stop, first, last, table, p_page, p_page_after, p_q = meet(
-                tile, end, cut, batch, HKV, G, PAGE, BLOCK_N
+            span, stop, first, last, table, page, page_after, b_q = _meet_and_load(
+                tile, end, cut, batch, stride_q_head, HKV, G, D, PAGE, BLOCK_N
             )
-            page, page_after = gl.load(p_page), gl.load(p_page_after)
-            b_q = _load_queries(p_q, stride_q_head, G, D)
 
 
 def is_supported(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> bool:

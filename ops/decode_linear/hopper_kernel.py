@@ -154,8 +154,9 @@ def _decode_linear_hopper_kernel(
         m_out = (o_r < B)[None, :] & (o_c < N)[:, None]
         o_c = gl.minimum(o_c, N - 1)
         # What follows the sums is on its way before them.
-        scales_and_biases = _load_scale_and_bias(scale_ptr, bias_ptr, o_c, N, SWIGLU, HAS_SCALE, HAS_BIAS)
-        b_scale, b_bias, b_scale_up, b_bias_up = scales_and_biases
+        b_scale, b_bias, b_scale_up, b_bias_up = _load_scale_and_bias(
+            scale_ptr, bias_ptr, o_c, N, SWIGLU, HAS_SCALE, HAS_BIAS
+        )
         acc = b_zero
         for i in range(0, STEPS):
             step = item * STEPS + i

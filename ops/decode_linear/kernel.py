@@ -67,10 +67,10 @@ def tile(n: int, k: int, bits: int, swiglu: bool, group: int = 0) -> Tile:
     if bits == 32:
         return Tile(channels=16, depth=4 * group or 64, warps=4, stages=2)
     if bits == 4:
-        if n > 2**12 and not swiglu:
-            return Tile(channels=32, depth=8 * group, warps=8, stages=3)
         if swiglu:
             return Tile(channels=16, depth=4 * group, warps=4, stages=2)
+        if n > 2**12:
+            return Tile(channels=32, depth=8 * group, warps=8, stages=3)
         if k > 2**12:
             return Tile(channels=16, depth=8 * group, warps=8, stages=7)
         if n > 2**11:
@@ -217,8 +217,9 @@ def _decode_linear_kernel(
         b_group = int4_scales(scale_ptr, o_n, 0, K, WARPS, GROUP)
         if SWIGLU:
             b_group_up = int4_scales(scale_ptr, o_n + N, 0, K, WARPS, GROUP)
-    scales_and_biases = load_scale_and_bias(scale_ptr, bias_ptr, o_n, N, SWIGLU, HAS_SCALE, HAS_BIAS)
-    b_scale, b_bias, b_scale_up, b_bias_up = scales_and_biases
+    b_scale, b_bias, b_scale_up, b_bias_up = load_scale_and_bias(
+        scale_ptr, bias_ptr, o_n, N, SWIGLU, HAS_SCALE, HAS_BIAS
+    )
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
     if HAS_POWER:

@@ -236,8 +236,9 @@ def _decode_vector_kernel(
     if HAS_NORM:
         norms = _load_pieces(norm_ptr, 0, words, BLOCK_W, PIECES, False)
     # What follows the sums is on its way before them, too.
-    scales_and_biases = load_scale_and_bias(scale_ptr, bias_ptr, o_n, N, SWIGLU, HAS_SCALE, HAS_BIAS)
-    b_scale, b_bias, b_scale_up, b_bias_up = scales_and_biases
+    b_scale, b_bias, b_scale_up, b_bias_up = load_scale_and_bias(
+        scale_ptr, bias_ptr, o_n, N, SWIGLU, HAS_SCALE, HAS_BIAS
+    )
     if DEPENDENT:  # all programs wait: that this kernel has ended says that those before it have
         gdc_wait()
     if HAS_RESIDUAL:

@@ -287,8 +287,8 @@ def test_commit_says_when_the_tree_differs(tmp_path: Path) -> None:
         (["kernels", "--ops", "sort"], "--ops must be of decode_attention"),
         (["kernels", "--spans", "even"], "--spans must be of uniform, zipf, one-keeps-all, got 'even'"),
         (["kernels", "--head-dim", "65"], "--head-dim must be even"),
-        (["kernels", "--quick", "--peer", "no-such-folder"], "--peer 'no-such-folder' is no folder"),
-        (["decode", "--quick", "--peer="], "--peer '' is no folder"),
+        (["kernels", "--quick", "--peer", "no-such-folder"], "--peer no-such-folder is no folder"),
+        (["decode", "--quick", "--peer="], "--peer (empty) is no folder"),
         (["kernels", "--device", "cpu"], "--length 131072: the CPU runs the plain references, at most 4096"),
     ],
 )

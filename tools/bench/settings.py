@@ -222,4 +222,4 @@ def _bandwidth(tb_s: float) -> None:
 
 def _folder(peer: str | None) -> None:
     if peer is not None and not (peer and Path(peer).is_dir()):  # an empty path would be the current folder
-        raise ValueError(f"--peer {peer!r} is no folder")
+        raise ValueError(f"--peer {peer or '(empty)'} is no folder")
