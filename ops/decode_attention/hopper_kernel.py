@@ -22,8 +22,11 @@ from fastdms.ops.decode_attention.hopper_split_kernel import ask_ahead, first_sl
 from fastdms.ops.decode_attention.split_kernel import Tiles
 from fastdms.ops.gluon_common import barrier, registers
 
-TILES = Tiles(tokens=32, warps=1, stages=1, programs=16, least=2)  # what measured best (docs/lab-notes.md)
-_HEAD_DIM = 64
+# By head dim. 64: what measured best (docs/lab-notes.md). 128: as many programs as leave each the registers it needs.
+TILES = {
+    64: Tiles(tokens=32, warps=1, stages=1, programs=16, least=2),
+    128: Tiles(tokens=32, warps=1, stages=1, programs=10, least=2),
+}
 _COLUMNS = 8  # query heads that a product of the matrix units takes
 _WARP = 32
 _LOWEST = gl.constexpr(-1.0e30)
@@ -60,10 +63,10 @@ def _places(words):
 
 @gluon.jit
 def _load_queries(p_q, stride_q_head, G: gl.constexpr, D: gl.constexpr):
-    """``[D, 8]``; a thread has 16 channels of a head."""
-    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
-        [[1, 0], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0], [0, 1], [0, 2], [0, 4]], [], [], [D, 8]
-    )
+    """``[D, 8]``; a thread has 16 of each 64 channels of a head."""
+    OWN: gl.constexpr = [[1, 0], [2, 0], [4, 0], [8, 0]] + ([[64, 0]] if D == 128 else [])
+    LANES: gl.constexpr = [[16, 0], [32, 0], [0, 1], [0, 2], [0, 4]]
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(OWN, LANES, [], [], [D, 8])
     o_h = gl.arange(0, 8, gl.SliceLayout(0, LAYOUT))
     o_d = gl.arange(0, D, gl.SliceLayout(1, LAYOUT))
     p_q += o_h.to(gl.int64)[None, :] * stride_q_head + o_d[:, None]
@@ -95,10 +98,10 @@ def _query_places(b_q, WORDS: gl.constexpr, QUERIES: gl.constexpr):
 
 @gluon.jit
 def _store_places(acc_ptr, b_acc, partial, G: gl.constexpr, D: gl.constexpr):
-    """The four of ``_accumulate`` as ``[8, D]``, channels in order; a thread has eight of a head."""
-    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [1, 0]], [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]], [], [], [8, D]
-    )
+    """The four of ``_accumulate`` as ``[8, D]``, channels in order; a thread has an eighth of a head's."""
+    OWN: gl.constexpr = [[0, 1], [0, 2], [0, 4]] + ([[0, 8]] if D == 128 else []) + [[1, 0]]
+    LANES: gl.constexpr = [[2, 0], [4, 0], [0, D // 8], [0, D // 4], [0, D // 2]]
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(OWN, LANES, [], [], [8, D])
     b_x = gl.join(gl.join(b_acc[0], b_acc[2]), gl.join(b_acc[1], b_acc[3]))  # [WORDS, 8, 2, 2]
     b_x = b_x.reshape([D // 32, 8, 8, 2, 2]).permute([2, 1, 0, 3, 4]).reshape([8, D])
     o_g = gl.arange(0, 8, gl.SliceLayout(1, LAYOUT))
@@ -212,7 +215,8 @@ def _decode_hopper_kernel(
     S: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
     PROGRAMS: gl.constexpr, RESTART: gl.constexpr, LEAST: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """What ``_decode_attention_kernel`` does, by one warp: tiles of 32 tokens, groups of at most eight heads of 64.
+    """What ``_decode_attention_kernel`` does, by one warp: groups of at most eight heads of 64 or 128, tiles of 16 or
+    32 tokens.
 
     Pages and scales are read in words of 32 bits. The next tile's keys are asked for as soon as this one's are
     multiplied, and so are its values. What is done before the wait, and by which right, says ``hopper_split_kernel``.
@@ -222,9 +226,9 @@ def _decode_hopper_kernel(
     KEYS: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
     QUERIES: gl.constexpr = gl.DotOperandLayout(1, ACC, 4)
     # Bits of [r, t, word]: a thread has words and all t of two r, its warp the other r and words.
-    OWN: gl.constexpr = [[0, 0, 1]]
-    TIMES: gl.constexpr = [[0, 1, 0], [0, 2, 0]]
-    LANES: gl.constexpr = [[2, 0, 0], [4, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 8]]
+    OWN: gl.constexpr = [[0, 0, 1]] + ([[0, 0, 2]] if WORDS == 32 else [])
+    TIMES: gl.constexpr = [[0, 1, 0]] + ([[0, 2, 0]] if BLOCK_N == 32 else [])
+    LANES: gl.constexpr = [[2, 0, 0], [4, 0, 0], [0, 0, WORDS // 8], [0, 0, WORDS // 4], [0, 0, WORDS // 2]]
     SHAPE: gl.constexpr = [8, BLOCK_N // 8, WORDS]
     VALUES: gl.constexpr = gl.DistributedLinearLayout(OWN + [[1, 0, 0]] + TIMES, LANES, [], [], SHAPE)  # noqa: RUF005
     PAIRED: gl.constexpr = gl.DistributedLinearLayout([[1, 0, 0]] + OWN + TIMES, LANES, [], [], SHAPE)  # noqa: RUF005
@@ -316,10 +320,10 @@ def _decode_hopper_kernel(
 def is_supported(q: torch.Tensor, live_len: torch.Tensor, *stored: torch.Tensor) -> bool:
     """stored: pages of keys and of values, and their scales."""
     pages = stored[0]
-    if pages.dtype != torch.float8_e4m3fn or q.dtype == torch.float32 or q.shape[2] != _HEAD_DIM:
+    if pages.dtype != torch.float8_e4m3fn or q.dtype == torch.float32 or q.shape[2] not in TILES:
         return False
     few = q.shape[1] // live_len.shape[1] <= _COLUMNS
-    return few and pages.shape[1] % TILES.tokens == 0 and all(x.data_ptr() % 4 == 0 for x in stored)
+    return few and pages.shape[1] % TILES[q.shape[2]].tokens == 0 and all(x.data_ptr() % 4 == 0 for x in stored)
 
 
 def attend(
@@ -332,7 +336,8 @@ def attend(
     constants, and those of the launch.
     """
     words = [x.view(torch.int32) for x in stored]
+    cut = TILES[batch[0].shape[2]]
     _decode_hopper_kernel[(programs,)](
-        *batch, *words, *others, stored[0].shape[0], S=max(_WARP, S), num_warps=TILES.warps,
-        maxnreg=registers(TILES.warps, TILES.programs), **options,
+        *batch, *words, *others, stored[0].shape[0], S=max(_WARP, S), num_warps=cut.warps,
+        maxnreg=registers(cut.warps, cut.programs), **options,
     )  # fmt: skip

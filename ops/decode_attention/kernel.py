@@ -159,7 +159,7 @@ def decode_attention(
     if k_scales.numel() > 0 and dot != tl.float32:
         dot = tl.float16  # holds every fp8 value, and the hardware converts to it
     hopper = _hopper_kernel(q, live_len, k_pages, v_pages, k_scales, v_scales)
-    cut = hopper.TILES if hopper else tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
+    cut = hopper.TILES[head_dim] if hopper else tiles(head_dim, k_pages.element_size() if dot != tl.float32 else 4)
     most = cut.programs * _num_processors(q.device)
     programs = min(most, spans * triton.cdiv(page_table.shape[-1] * page_size, cut.tokens))
     partials = q.new_empty((programs + spans) * group * (head_dim + 2), dtype=torch.float32)

@@ -60,28 +60,32 @@ def hopper() -> Iterator[dict[str, Callable[..., Any]]]:
         yield assembly
 
 
-def _use(patch: pytest.MonkeyPatch, processors: int, programs: int) -> None:
+def _use(patch: pytest.MonkeyPatch, processors: int, programs: int, **cut: int) -> None:
     """Cut the work for so many multiprocessors, and so many programs on each."""
     patch.setattr(
         importlib.import_module("fastdms.ops.decode_attention.kernel"), "_num_processors", lambda _: processors
     )
-    patch.setattr(hopper_kernel, "TILES", hopper_kernel.TILES._replace(programs=programs))
+    for head_dim, tiles in hopper_kernel.TILES.items():
+        patch.setitem(hopper_kernel.TILES, head_dim, tiles._replace(programs=programs, **cut))
 
 
-def _cache(lengths: list[list[int]], page_size: int = 64, kv_dtype: torch.dtype = _FP8) -> GuardedCache:
+def _cache(
+    lengths: list[list[int]], page_size: int = 64, kv_dtype: torch.dtype = _FP8, *, head_dim: int = 64
+) -> GuardedCache:
     longest = max(max(heads) for heads in lengths)
     cache = make_cache(
         num_rows=len(lengths), num_kv_heads=len(lengths[0]), kv_dtype=kv_dtype, max_context=max(longest, 1),
-        num_pages=400, page_size=page_size, head_dim=64,
+        num_pages=400, page_size=page_size, head_dim=head_dim,
     )  # fmt: skip
-    fill_spans(cache, lengths, lambda n: torch.randn(n, 64))
+    fill_spans(cache, lengths, lambda n: torch.randn(n, head_dim))
     return cache
 
 
-def _queries(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(rows, heads, 64).to(dtype)
+def _queries(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16, *, head_dim: int = 64) -> torch.Tensor:
+    return torch.randn(rows, heads, head_dim).to(dtype)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
     ("supported", "heads", "dtype", "kv_dtype", "page_size"),
     [
@@ -94,10 +98,24 @@ def _queries(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> torc
         (False, 16, torch.bfloat16, _FP8, 48),
     ],
 )
-def test_what_it_takes(supported: bool, heads: int, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int) -> None:
-    layer = _cache([[70, 3]], page_size, kv_dtype).layer(0)
-    q = _queries(1, heads, dtype)
+def test_what_it_takes(
+    supported: bool, heads: int, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int, head_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kernel = importlib.import_module("fastdms.ops.decode_attention.kernel")
+    layer = _cache([[70, 3]], page_size, kv_dtype, head_dim=head_dim).layer(0)
+    q = _queries(1, heads, dtype, head_dim=head_dim)
     assert hopper_kernel.is_supported(q, layer.live_len, *layer[:4]) == supported
+    monkeypatch.setattr(kernel, "on_hopper", lambda _: True)
+    assert kernel._hopper_kernel(q, layer.live_len, *layer[:4]) is (hopper_kernel if supported else None)
+    monkeypatch.setattr(kernel, "on_hopper", lambda _: False)
+    assert kernel._hopper_kernel(q, layer.live_len, *layer[:4]) is None
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 256])
+def test_other_head_dims_are_not_for_it(head_dim: int) -> None:
+    layer = _cache([[70, 3]], head_dim=head_dim).layer(0)
+    assert not hopper_kernel.is_supported(_queries(1, 4, head_dim=head_dim), layer.live_len, *layer[:4])
 
 
 def test_pages_that_begin_within_a_word_are_not_for_it() -> None:
@@ -123,40 +141,44 @@ def test_other_cards_are_not_hopper(
 @pytest.mark.parametrize("page_size", [32, 64, 96])
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("programs", [(1, 1), (1, 2), (1, 5), (7, 16), None], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_edges_of_tiles_and_pages(
-    programs: tuple[int, int] | None, group: int, page_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    programs: tuple[int, int] | None, group: int, page_size: int, dtype: torch.dtype, head_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """No token, one, around tiles of 32 and pages, a long span. Few programs, for which going on from span to span
     counts as some tiles; so many that a tile for each is less than they should have; and as many as there are."""
     if programs is not None:
         _use(monkeypatch, *programs)
-    cache = _cache([[0, 1], [31, 32], [33, 63], [64, 65], [95, 97], [128, 1500]], page_size)
-    compare(cache, _queries(7, 2 * group, dtype), [5, 0, 3, 1, 0, 4, 2], [1600, 7, 80, 90, -1, 99, 70])
+    cache = _cache([[0, 1], [31, 32], [33, 63], [64, 65], [95, 97], [128, 1500]], page_size, head_dim=head_dim)
+    q = _queries(7, 2 * group, dtype, head_dim=head_dim)
+    compare(cache, q, [5, 0, 3, 1, 0, 4, 2], [1600, 7, 80, 90, -1, 99, 70])
 
 
 @pytest.mark.usefixtures("hopper")
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(data=st.data())
 def test_any_lengths_over_any_programs(data: st.DataObject) -> None:
+    head_dim, tokens = data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([32, 16]))
     heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
     length = st.integers(0, 200) | st.sampled_from([0, 1, 31, 32, 33, 63, 64, 65, 600])
     lengths = data.draw(st.lists(st.lists(length, min_size=heads, max_size=heads), min_size=1, max_size=5))
     positions = data.draw(st.lists(st.sampled_from([-1, 700, 700]), min_size=len(lengths), max_size=len(lengths)))
     rows = data.draw(st.permutations(range(len(lengths))))
     torch.manual_seed(0)
-    cache = _cache(lengths, data.draw(st.sampled_from([32, 64, 96])))
+    cache = _cache(lengths, data.draw(st.sampled_from([tokens, 32, 64, 96])), head_dim=head_dim)
     with pytest.MonkeyPatch.context() as patch:
-        _use(patch, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 16)))
-        compare(cache, _queries(len(lengths), heads * group, torch.float16), rows, positions)
+        _use(patch, data.draw(st.integers(1, 6)), data.draw(st.integers(1, 16)), tokens=tokens)
+        compare(cache, _queries(len(lengths), heads * group, torch.float16, head_dim=head_dim), rows, positions)
 
 
 @pytest.mark.skipif(DEVICE != CPU, reason="the emulator's wait")
-@pytest.mark.parametrize("programs", [(1, 1), (1, 5), (7, 16)], ids=str)
+@pytest.mark.parametrize(("programs", "head_dim"), [((1, 1), 64), ((1, 5), 64), ((7, 16), 64), ((1, 7), 128)], ids=str)
 @pytest.mark.parametrize(
     "grown", [[True], [False], [True, False], [False, True, True, True, False], [True] * 6 + [False], None], ids=str
 )
 def test_lengths_change_until_the_wait(
-    grown: list[bool] | None, programs: tuple[int, int], hopper: dict[str, Callable[..., Any]],
+    grown: list[bool] | None, programs: tuple[int, int], head_dim: int, hopper: dict[str, Callable[..., Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Before it waits, each program finds some spans without their last token, others than the program before it, all
@@ -202,31 +224,35 @@ def test_lengths_change_until_the_wait(
         assert len(found) > 1 or args[0] == 1 or (grown is not None and len(grown) < 3)
 
     monkeypatch.setattr(hopper_kernel, "attend", attend_beside_an_append)
-    cache = _cache([[0, 1], [31, 32], [33, 64], [65, 129], [1, 97], [128, 641]])
-    compare(cache, _queries(6, 8, torch.float16), [5, 0, 3, 1, 4, 2], [700, 7, 80, 90, -1, 99])
+    cache = _cache([[0, 1], [31, 32], [33, 64], [65, 129], [1, 97], [128, 641]], head_dim=head_dim)
+    q = _queries(6, 8, torch.float16, head_dim=head_dim)
+    compare(cache, q, [5, 0, 3, 1, 4, 2], [700, 7, 80, 90, -1, 99])
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("magnitude", [1e-4, 30.0])
-def test_small_and_large_values(magnitude: float, dtype: torch.dtype) -> None:
-    cache = make_cache(num_rows=1, max_context=400, num_pages=60, kv_dtype=_FP8, head_dim=64, page_size=64)
-    fill_spans(cache, [[400, 65]], lambda n: torch.randn(n, 64) * magnitude)
-    compare(cache, _queries(1, 4).mul(magnitude).to(dtype), [0], [400], 1.0)
+def test_small_and_large_values(magnitude: float, dtype: torch.dtype, head_dim: int) -> None:
+    cache = make_cache(num_rows=1, max_context=400, num_pages=60, kv_dtype=_FP8, head_dim=head_dim, page_size=64)
+    fill_spans(cache, [[400, 65]], lambda n: torch.randn(n, head_dim) * magnitude)
+    compare(cache, _queries(1, 4, head_dim=head_dim).mul(magnitude).to(dtype), [0], [400], 1.0)
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("magnitude", [1e-9, 1e9])
-def test_queries_that_fp16_cannot_hold(magnitude: float) -> None:
-    compare_far_from_one(magnitude, 64)
+def test_queries_that_fp16_cannot_hold(magnitude: float, head_dim: int) -> None:
+    compare_far_from_one(magnitude, head_dim)
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", _DTYPES)
-def test_hundreds_of_spans(dtype: torch.dtype) -> None:
+def test_hundreds_of_spans(dtype: torch.dtype, head_dim: int) -> None:
     lengths = [[int(n) for n in torch.randint(1, 90, (8,))] for _ in range(40)]
     cache = make_cache(
-        num_rows=40, num_kv_heads=8, max_context=96, num_pages=900, kv_dtype=_FP8, head_dim=64, page_size=64
+        num_rows=40, num_kv_heads=8, max_context=96, num_pages=900, kv_dtype=_FP8, head_dim=head_dim, page_size=64
     )
-    fill_spans(cache, lengths, lambda n: torch.randn(n, 64))
-    compare(cache, _queries(40, 8, dtype), list(range(40)), [100] * 40)
+    fill_spans(cache, lengths, lambda n: torch.randn(n, head_dim))
+    compare(cache, _queries(40, 8, dtype, head_dim=head_dim), list(range(40)), [100] * 40)

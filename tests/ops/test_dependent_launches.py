@@ -13,25 +13,28 @@ from tests.ops.rig import FLAG_HALF
 
 pytestmark = pytest.mark.gpu
 
-LAYERS, HEADS, KV_HEADS, DIM, STEPS = 6, 8, 2, 64, 150
+LAYERS, HEADS, KV_HEADS, STEPS = 6, 8, 2, 150
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_a_step_equals_its_ops_one_by_one(num_rows: int, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_step_equals_its_ops_one_by_one(
+    dim: int, num_rows: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, while spans grow over tiles and pages; the graph's step against one that waits after each op."""
     # Poisoning fills what an op allocates, by a kernel that would come between it and the op ahead.
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty.__wrapped__)  # type: ignore[attr-defined]
-    hidden, dtype = HEADS * DIM, torch.bfloat16
+    hidden, dtype = HEADS * dim, torch.bfloat16
     layers = [
-        (torch.randn((HEADS + 2 * KV_HEADS) * DIM, hidden, device=DEVICE).div(hidden**0.5).to(dtype),
+        (torch.randn((HEADS + 2 * KV_HEADS) * dim, hidden, device=DEVICE).div(hidden**0.5).to(dtype),
          torch.randn(hidden, hidden, device=DEVICE).div(hidden**0.5).to(dtype))
         for _ in range(LAYERS)
     ]  # fmt: skip
     norm = torch.rand(hidden, device=DEVICE).add(0.5).to(dtype)
-    angles = torch.arange(STEPS, device=DEVICE)[:, None] / 100 ** torch.linspace(0, 1, DIM // 2, device=DEVICE)
+    angles = torch.arange(STEPS, device=DEVICE)[:, None] / 100 ** torch.linspace(0, 1, dim // 2, device=DEVICE)
     cos, sin = angles.cos(), angles.sin()
-    sizes = {"num_layers": LAYERS, "num_rows": num_rows, "num_kv_heads": KV_HEADS, "head_dim": DIM, "window_tokens": 7,
+    sizes = {"num_layers": LAYERS, "num_rows": num_rows, "num_kv_heads": KV_HEADS, "head_dim": dim, "window_tokens": 7,
              "page_size": 64, "max_context": STEPS, "num_pages": 200, "kv_dtype": torch.float8_e4m3fn}  # fmt: skip
     chained, apart = (make_cache(DEVICE, **sizes, seed=1) for _ in range(2))
     rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
@@ -45,14 +48,14 @@ def test_a_step_equals_its_ops_one_by_one(num_rows: int, captured: bool, monkeyp
 
         for i, (qkv, o) in enumerate(layers):
             fused = waited(decode_linear(x, qkv, norm=norm, norm_eps=1e-5))
-            q, k, v = split_heads(fused.view(num_rows, -1, DIM), KV_HEADS)
+            q, k, v = split_heads(fused.view(num_rows, -1, dim), KV_HEADS)
             q = waited(
                 decode_append(
                     q, k, v, cache.layer(i), positions=positions, rows=rows, cos=cos, sin=sin, decision=FLAG_HALF,
                     shift=0, zero_borrowed="none",
                 )
             )  # fmt: skip
-            attended = waited(decode_attention(q, cache.layer(i), positions=positions, rows=rows, sm_scale=DIM**-0.5))
+            attended = waited(decode_attention(q, cache.layer(i), positions=positions, rows=rows, sm_scale=dim**-0.5))
             x = waited(decode_linear(attended.flatten(1), o, residual=x))
         return x
 
