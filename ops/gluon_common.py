@@ -11,7 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
-_REGISTERS = 65536  # of a multiprocessor
+_QUARTERS = 4  # of a multiprocessor, which its warps are shared out to
+_REGISTERS = 16384  # of a quarter
 _MOST_REGISTERS = 255  # of a thread
 _WARP = 32
 
@@ -24,4 +25,5 @@ def add(a, b):
 
 def registers(num_warps: int, programs: int) -> int:
     """Registers of each thread where so many programs share a multiprocessor; they are given out by eights."""
-    return min(_MOST_REGISTERS, _REGISTERS // (_WARP * num_warps * programs) // 8 * 8)
+    warps = -(-num_warps * programs // _QUARTERS)  # of the quarter that has the most
+    return min(_MOST_REGISTERS, _REGISTERS // (_WARP * warps) // 8 * 8)

@@ -22,10 +22,10 @@ from fastdms.ops.decode_attention.hopper_split_kernel import ask_ahead, first_sl
 from fastdms.ops.decode_attention.split_kernel import Tiles
 from fastdms.ops.gluon_common import barrier, registers
 
-# By head dim. 64: what measured best (docs/lab-notes.md). 128: as many programs as leave each the registers it needs.
+# What measured best (docs/lab-notes.md), by head dim.
 TILES = {
     64: Tiles(tokens=32, warps=1, stages=1, programs=16, least=2),
-    128: Tiles(tokens=32, warps=1, stages=1, programs=10, least=2),
+    128: Tiles(tokens=32, warps=1, stages=1, programs=8, least=2),
 }
 _COLUMNS = 8  # query heads that a product of the matrix units takes
 _WARP = 32
