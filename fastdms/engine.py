@@ -30,8 +30,8 @@ class Engine:
     requests on.
 
     run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on, and prefill
-    chunks before it is known whether the last found pages. A row that an end id ended does nothing in the step ahead;
-    what one did that ended otherwise is dropped with its pages.
+    chunks before it is known whether the last found pages. A row that an end id or its length ended does nothing in the
+    step ahead; what one did that ended otherwise is dropped with its pages.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
@@ -301,11 +301,11 @@ class Engine:
             self._land()
 
     def _goes_on(self, requests: Sequence[Request | None]) -> bool:
-        """Whether the next step is for the rows of the one under way, unless its tokens end one of them."""
+        """Whether the next step is for the rows of the one under way, or those of them that its tokens don't end."""
         return (
             self._running == requests
             and not (self._waiting and self._free_rows())
-            and all(len(request.output_ids) + 1 < request.max_tokens for request in self._running)
+            and any(len(request.output_ids) + 1 < request.max_tokens for request in self._running)
         )
 
     def _land(self, ahead: Flight | None = None) -> None:
@@ -359,7 +359,7 @@ class Engine:
         row = _row(request)
         if self._flight is not None and request in self._flight[0]:
             self._flight[0][self._flight[0].index(request)] = None
-            if not request.ended_by_id and request.error is None:
+            if not request.ended_in_step and request.error is None:
                 lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
         if not broken_off and lost_tokens <= self._prefill_chunk:  # of several chunks some may have been stored

@@ -28,8 +28,8 @@ class Request:
     """State of one prompt: what is wanted, what the cache holds of it, and what came out.
 
     The cache is to hold the prompt and all generated tokens but the last, which the next decode step feeds.
-    ``row``: its cache row, None while it waits. ``computed``: tokens in the cache. ``ended_by_id``: by one of
-    ``end_ids``, which the step that sampled it knew, too.
+    ``row``: its cache row, None while it waits. ``computed``: tokens in the cache. ``ended_in_step``: by one of
+    ``end_ids`` or by length, which the step that sampled its last token knew, too.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Request:
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.pieces: deque[StreamPiece] = deque()
         self.finish_reason: FinishReason | None = None
-        self.ended_by_id = False
+        self.ended_in_step = False
         self.error: ValueError | None = None
         self.usage: RowUsage | None = None
 
@@ -94,6 +94,7 @@ class Request:
             end_ids=tuple(sorted(self.end_ids)),
             banned_until=min(len(self.prompt_ids) + p.min_tokens, _INT32_MAX),
             penalties=self.penalties,
+            last_position=len(self.prompt_ids) + self.max_tokens - 1,
         )
 
     def accept(self, token: int, logits: torch.Tensor) -> None:
@@ -102,11 +103,13 @@ class Request:
             self.logprobs.append(_top_logprobs(logits, token, self.params.logprobs or 0))
         self.output_ids.append(token)
         reason: FinishReason | None = None
-        self.ended_by_id = token in self.end_ids and len(self.output_ids) >= self.params.min_tokens
+        by_id = token in self.end_ids and len(self.output_ids) >= self.params.min_tokens
+        by_length = len(self.output_ids) >= self.max_tokens
+        self.ended_in_step = by_id or by_length
         piece = self.text.push(token) if self.text else ""
-        if self.ended_by_id or (self.text is not None and self.text.stopped):
+        if by_id or (self.text is not None and self.text.stopped):
             reason = "stop"
-        elif len(self.output_ids) >= self.max_tokens:
+        elif by_length:
             reason = "length"
         if reason is None:
             self.pieces.append(StreamPiece(text=piece, token_ids=[token]))

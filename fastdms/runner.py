@@ -127,7 +127,7 @@ class ModelRunner:
             ring.index_put_((inputs.slots, torch.arange(len(tokens), device=tokens.device)), tokens)
             # What the same rows' next step begins with, if the host has nothing to say about it: rows that have come to
             # an end are padding.
-            ended = ends | (tokens < 0) | (inputs.positions < 0)
+            ended = ends | (tokens < 0) | (inputs.positions < 0) | (inputs.positions + 1 >= inputs.last_positions)
             inputs.tokens.copy_(tokens.clamp_min(0))
             inputs.positions.copy_(torch.where(ended, -1, inputs.positions + 1))
             inputs.slots.copy_((inputs.slots + 1) % RING_SLOTS)
@@ -177,7 +177,7 @@ class ModelRunner:
         """Start a step that feeds one token for each of ``inputs`` and samples the next.
 
         None: for the rows of the last step, each fed what it sampled, which the host need not know yet; those that an
-        end id ended, or that gave no token, store nothing more.
+        end id or their length ended, or that gave no token, store nothing more.
         """
         with inference(self.device):
             slot = self.graphs.slot

@@ -17,7 +17,8 @@ Columns = tuple[list[Any] | None, ...]  # of the buffers, one list of entries ea
 
 class RowInput(NamedTuple):
     """What one row asks of a step. ``position``: of ``token``; the sampled token will stand one further on.
-    ``penalties``: presence, frequency and repetition; None, and the tokens of the row aren't counted."""
+    ``penalties``: presence, frequency and repetition; None, and the tokens of the row aren't counted.
+    ``last_position``: of the last token that the row may get."""
 
     row: int
     token: int
@@ -30,6 +31,7 @@ class RowInput(NamedTuple):
     end_ids: tuple[int, ...] = ()
     banned_until: int = 0
     penalties: tuple[float, float, float] | None = None
+    last_position: int = 2**31 - 1
 
 
 class StepBuffers(NamedTuple):
@@ -49,6 +51,7 @@ class StepBuffers(NamedTuple):
     banned_until: torch.Tensor
     penalties: torch.Tensor
     count_rows: torch.Tensor
+    last_positions: torch.Tensor
 
     def first(self, num_entries: int) -> StepBuffers:
         """Views of the first ``num_entries`` entries."""
@@ -76,6 +79,7 @@ class StepBuffers(NamedTuple):
             [entry.banned_until for entry in entries],
             [entry.penalties or _NEUTRAL for entry in entries],
             [-1 if entry.penalties is None else entry.row for entry in entries],
+            [entry.last_position for entry in entries],
         )
         for tensor, column, before in zip(self, columns, held or [None] * len(columns), strict=True):
             if column != before:
@@ -103,6 +107,7 @@ def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:
         banned_until=zeros(torch.int32),
         penalties=zeros(torch.float32, 3),
         count_rows=zeros(torch.int32),
+        last_positions=zeros(torch.int32),
     )
     buffers.fill([])
     return buffers

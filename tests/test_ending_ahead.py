@@ -1,4 +1,5 @@
-"""Rows that end while the step after has begun: what an end id ended stores nothing more, and all else is as before."""
+"""Rows that end while the step after has begun: what an end id or its length ended stores nothing more, and all else is
+as before."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 import fastdms
+from fastdms.graphs import RowInput
 from fastdms.request import Request
+from fastdms.runner import Flight, PrefillPiece
 from fastdms.sampling_params import SamplingParams
 from tests.models import tiny_tokens
 from tests.running import Watch, check_idle, compiled, drain, engine_of, one, submit
@@ -91,6 +94,71 @@ def test_the_models_own_end(weights, outputs) -> None:
     assert requests[0].output_ids == outputs[0][: end + 1]
     assert [request.output_ids for request in requests[1:]] == outputs[1:]
     assert stored == [len(ids) + n - 1 for ids, n in zip(PROMPTS, (end + 1, 30, 30, 30), strict=True)]
+
+
+def test_length_stops_a_row_on_the_device(weights) -> None:
+    """At its last position it gives its last token, and is padding from then on."""
+    with compiled(weights, dms="off") as model:
+        engine = engine_of(model)
+        runner, rows = engine.runner, engine.take_rows(3)
+        pieces = [PrefillPiece(row=row, token_ids=PROMPTS[row][:5], start=0) for row in rows]
+        runner.prefill(pieces)
+        inputs = [
+            RowInput(row=row, token=9, position=5, last_position=last)
+            for row, last in zip(rows, (6, 8, 99), strict=True)
+        ]
+        stored, positions = [], []
+        for given in (inputs, *[None] * 4):
+            runner.decode(given).land()
+            stored.append(engine.cache.live_len[0, rows, 0].tolist())
+            buffers = next(reversed(runner.graphs._buckets.values())).inputs
+            positions.append(buffers.positions[:3].tolist())
+        engine.return_rows(rows)
+    assert stored == [[6, 6, 6], [6, 7, 7], [6, 8, 8], [6, 8, 9], [6, 8, 10]]
+    assert positions == [[-1, 6, 6], [-1, 7, 7], [-1, -1, 8], [-1, -1, 9], [-1, -1, 10]]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_length_ends_rows_one_by_one(weights, monkeypatch, stop: bool) -> None:
+    """Each while the step ahead has begun, and what it stored is what it was fed. ``stop``: by a stop string, in the
+    very step in which its length would."""
+    events: list[str] = []
+    land = Flight.land
+    monkeypatch.setattr(Flight, "land", lambda flight: events.append("land") or land(flight))  # type: ignore[func-returns-value]
+    lengths = (3, 6, 9, 30)
+    with compiled(weights, dms="off", tokenizer=byte_level()) as model:
+        settled = [
+            one(model(prompt, replace(GREEDY, max_tokens=n))) for prompt, n in zip(PROMPTS, lengths, strict=True)
+        ]
+        params = [replace(GREEDY, max_tokens=n) for n in lengths]
+        if stop:
+            params[2] = replace(params[2], stop=settled[2].text[-2:])
+            assert one(model(PROMPTS[2], params[2])).token_ids == settled[2].token_ids
+        runner = engine_of(model).runner
+        decode, accept = runner.decode, Request.accept
+
+        def started(inputs: list[RowInput] | None) -> Flight:
+            events.append("start")
+            return decode(inputs)
+
+        def accepted(request: Request, *args: object) -> None:
+            accept(request, *args)  # type: ignore[arg-type]
+            if request.finished:
+                events.append("end")
+
+        runner.decode = started  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr(Request, "accept", accepted)
+        events.clear()
+        requests, stored = run(model, params)
+    for request, done, held in zip(requests, settled, stored, strict=True):
+        assert request.output_ids == done.token_ids
+        assert request.usage is not None
+        assert request.usage.num_tokens == held == done.kv.tokens == len(request.prompt_ids) + len(done.token_ids) - 1
+    reasons = ["length", "length", "stop" if stop else "length", "length"]
+    assert [request.finish_reason for request in requests] == reasons
+    ends = [i for i, event in enumerate(events) if event == "end"]
+    assert [events[i - 2 : i] for i in ends[:3]] == [["start", "land"]] * 3
+    assert events.count("start") == events.count("land") == 29, "a step was started that no row is left for"
 
 
 def test_a_stop_string_is_the_hosts_to_see(weights) -> None:

@@ -24,6 +24,7 @@ DTYPES = {
     "banned_until": torch.int32,
     "penalties": torch.float32,
     "count_rows": torch.int32,
+    "last_positions": torch.int32,
 }
 
 
@@ -32,7 +33,7 @@ def entry(n: int) -> RowInput:
     return RowInput(
         row=n, token=n + 10, position=n + 20, temperature=n + 0.5, top_k=n + 30, top_p=1 / (n + 2), min_p=1 / (n + 3),
         seed=2**62 + n, end_ids=tuple(range(n)), banned_until=n + 40,
-        penalties=(n + 0.25, n - 0.5, n + 1.5) if n % 2 else None,
+        penalties=(n + 0.25, n - 0.5, n + 1.5) if n % 2 else None, last_position=n + 50,
     )  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def read(buffers: StepBuffers, index: int) -> RowInput:
         row=b["rows"], token=b["tokens"], position=b["positions"], temperature=b["temperature"], top_k=b["top_k"],
         top_p=b["top_p"], min_p=b["min_p"], seed=b["seeds"], end_ids=tuple(i for i in b["end_ids"] if i != -1),
         banned_until=b["banned_until"], penalties=tuple(b["penalties"]) if b["count_rows"] >= 0 else None,
+        last_position=b["last_positions"],
     )  # fmt: skip
 
 
@@ -110,10 +112,11 @@ def test_the_largest_values() -> None:
     buffers = make_buffers(1, CPU)
     largest = RowInput(
         row=255, token=2**31 - 1, position=2**31 - 2, temperature=1e30, top_k=2**31 - 1, top_p=1e-30, seed=2**63 - 1,
-        end_ids=tuple(range(MAX_END_IDS)), banned_until=2**31 - 1,
+        end_ids=tuple(range(MAX_END_IDS)), banned_until=2**31 - 1, last_position=2**31 - 1,
     )  # fmt: skip
     buffers.fill([largest])
     back = read(buffers, 0)
     assert (back.top_k, back.seed, back.end_ids, back.position) == largest[4:5] + largest[7:9] + largest[2:3]
+    assert back.last_position == largest.last_position
     assert 0 < back.top_p < 1e-29
     assert back.temperature < float("inf")
