@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fastdms.kv_report import CacheGeometry, RowUsage
@@ -99,7 +98,7 @@ class CompactCache:
         """Give back all pages of ``rows``."""
         if rows:
             release(
-                torch.tensor(rows, dtype=torch.int32, device=self.live_len.device),
+                torch.tensor(rows, dtype=torch.int32, device="cpu").to(self.live_len.device, non_blocking=True),
                 page_table=self.page_table,
                 live_len=self.live_len,
                 free_pages=self.free_pages,
@@ -110,8 +109,7 @@ class CompactCache:
 
     def usage(self, row: int, num_tokens: int) -> RowUsage:
         """What ``row`` holds now, having seen ``num_tokens`` tokens."""
-        live = self.live_len[:, row].cpu().numpy().astype(np.int64)
-        return RowUsage(num_tokens=num_tokens, live_tokens=live)
+        return RowUsage(num_tokens=num_tokens, live_tokens=self.live_len[:, row].clone())
 
     def pages_in_use(self) -> int:
         """Pages not on the free stack."""
@@ -119,7 +117,7 @@ class CompactCache:
 
     def starved_rows(self) -> list[int]:
         """Rows whose spans found no page since they were last released."""
-        return self.starved.nonzero().flatten().tolist()
+        return [row for row, flag in enumerate(self.starved.tolist()) if flag]
 
     @property
     def geometry(self) -> CacheGeometry:

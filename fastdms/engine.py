@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from fastdms.config import CHUNKS_AHEAD, dense_chunk, dense_tokens
+from fastdms.kv_report import RowUsage
 from fastdms.ops import NOT_FINITE
 from fastdms.request import Request
 from fastdms.runner import STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
@@ -49,6 +50,7 @@ class Engine:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._live_share = 1.0  # of tokens past the window, as last measured
+        self._to_learn: tuple[RowUsage, int] | None = None  # what a row that left had kept, and of how many tokens
 
     @property
     def running(self) -> list[Request]:
@@ -212,6 +214,7 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and (free := self._free_rows()):
+            self._read_live_share()
             request = self._waiting[0]
             request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
             if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
@@ -369,11 +372,18 @@ class Engine:
         request.row, request.computed = None, 0
 
     def _learn(self, request: Request) -> None:
-        usage, window = request.usage, self.cache.config.window_tokens + 1
         # Without tokens that found no page: some spans lack them, and too small a share would let too many rows in.
-        if usage is not None and request.computed > 2 * window:
+        if request.usage is not None and request.computed > 2 * (self.cache.config.window_tokens + 1):
+            self._to_learn = request.usage, request.computed
+        if self._flight is None:  # else reading it would wait for the step under way
+            self._read_live_share()
+
+    def _read_live_share(self) -> None:
+        if self._to_learn is not None:
+            (usage, computed), self._to_learn = self._to_learn, None
+            window = self.cache.config.window_tokens + 1
             kept = float(usage.live_tokens.mean()) - window
-            self._live_share = min(1.0, max(0.0, kept / (request.computed - window)))
+            self._live_share = min(1.0, max(0.0, kept / (computed - window)))
 
 
 def _row(request: Request) -> int:

@@ -7,20 +7,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 __all__ = ["CacheGeometry", "KVReport", "RowUsage"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowUsage:
-    """One row: ``num_tokens`` seen, and how many each span kept: ``live_tokens`` int64 ``[L, Hkv]``.
+    """One row: ``num_tokens`` seen, and how many each span kept.
 
     Seen are also the tokens of a step at which the row found no page, although not every span could take them, and on a
     GPU the token of a step that had begun when the request ended by a stop string or was cancelled.
     """
 
-    num_tokens: int
-    live_tokens: npt.NDArray[np.int64]
+    def __init__(self, *, num_tokens: int, live_tokens: npt.NDArray[np.int64] | torch.Tensor) -> None:
+        self.num_tokens = num_tokens
+        self._live_tokens = live_tokens
+
+    @property
+    def live_tokens(self) -> npt.NDArray[np.int64]:
+        """int64 ``[L, Hkv]``; asking for them first waits for the device."""
+        if isinstance(self._live_tokens, torch.Tensor):
+            self._live_tokens = self._live_tokens.cpu().numpy().astype(np.int64)
+        return self._live_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import fastdms
 from fastdms.graphs import RowInput
+from fastdms.kv_report import RowUsage
 from fastdms.request import Request
 from fastdms.runner import Flight, PrefillPiece
 from fastdms.sampling_params import SamplingParams
@@ -191,3 +192,28 @@ def test_logits_that_are_not_finite_end_their_row(weights) -> None:
         assert request.error is not None
         assert request.usage is not None
         assert request.usage.num_tokens == stored.tokens[row] == len(request.prompt_ids) + len(request.output_ids)
+
+
+def test_what_a_row_kept_is_not_read_while_a_step_is_under_way(weights, monkeypatch) -> None:
+    """That would wait for the step. The engine knows it once it lets the next one in."""
+    read: list[bool] = []
+    live_tokens = vars(RowUsage)["live_tokens"].fget
+    with compiled(weights, dms="off") as model:
+        engine = engine_of(model)
+        engine._run_ahead, engine._live_share = True, 0.25
+        seen = property(lambda usage: read.append(engine._flight is not None) or live_tokens(usage))  # type: ignore[func-returns-value]
+        monkeypatch.setattr(RowUsage, "live_tokens", seen)
+        requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=5 * n + 5)) for n in range(3)]
+        drain(model, requests[:1])
+        assert engine.running == requests[1:]
+        assert (engine._live_share, read) == (0.25, [])
+        assert requests[0].usage is not None
+        requests.append(submit(model, PROMPTS[3], GREEDY))
+        engine.step()
+        assert (engine._live_share, read) == (1.0, [False])
+        drain(model, requests)
+        assert not any(read)
+        for request in requests:
+            assert request.usage is not None
+            assert (request.usage.live_tokens == request.usage.num_tokens).all()
+        check_idle(model)
