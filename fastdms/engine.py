@@ -14,6 +14,7 @@ from fastdms.kv_report import RowUsage
 from fastdms.ops import NOT_FINITE
 from fastdms.request import Request
 from fastdms.runner import STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
+from fastdms.under_way import UnderWay
 
 __all__ = ["Engine"]
 
@@ -44,8 +45,7 @@ class Engine:
         self._cancelled: list[Request] = []
         self._prefill_chunk = prefill_chunk
         self._run_ahead = run_ahead
-        # A decode step whose tokens are not read yet, and its requests; None for one that has left since.
-        self._flight: tuple[list[Request | None], Flight] | None = None
+        self._under_way: UnderWay | None = None
         self._taken_rows: set[int] = set()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -147,7 +147,7 @@ class Engine:
             try:
                 act()
             except BaseException:
-                self._flight = None
+                self._under_way = None
                 for request in list(self._running):
                     self._leave(request, broken_off=True)
                     if request.finished:
@@ -158,11 +158,10 @@ class Engine:
                 raise
 
     def _step(self) -> None:
-        if self._flight is not None:
-            if self._goes_on(self._flight[0]):
-                self._land(self.runner.decode(None))
-                return
-            self._land()
+        if self._goes_on():
+            self._land(self.runner.decode(None))
+            return
+        self._land()
         self._admit()
         if prefilling := self._prefilling():
             self._prefill(prefilling)
@@ -299,25 +298,25 @@ class Engine:
                 self._accept(request, token, row)
 
     def _decode(self, requests: Sequence[Request]) -> None:
-        self._flight = list(requests), self.runner.decode([request.row_input() for request in requests])
+        self._under_way = UnderWay(self.runner.decode([request.row_input() for request in requests]), list(requests))
         if not self._run_ahead or any(request.logprobs is not None for request in requests):
             self._land()
 
-    def _goes_on(self, requests: Sequence[Request | None]) -> bool:
-        """Whether the next step is for the rows of the one under way, or those of them that its tokens don't end."""
+    def _goes_on(self) -> bool:
+        """Whether the next step can start with what the one under way leaves, and nobody could join it."""
         return (
-            self._running == requests
+            self._under_way is not None
+            and self._under_way.goes_on(self._running, self.runner.graphs)
             and not (self._waiting and self._free_rows())
-            and any(len(request.output_ids) + 1 < request.max_tokens for request in self._running)
         )
 
     def _land(self, ahead: Flight | None = None) -> None:
         """Read the step under way; ``ahead``: the one after it for the same rows, which has been started."""
-        if self._flight is None:
+        if self._under_way is None:
             return
-        requests, flight = self._flight
+        requests, flight = self._under_way.requests, self._under_way.flight
         tokens = flight.land()
-        self._flight = None if ahead is None else (requests, ahead)
+        self._under_way = None if ahead is None else UnderWay(ahead, requests)
         landed = [(i, request) for i, request in enumerate(requests) if request is not None]
         alone = len(requests) == len(self._running) == 1  # what has left since held its pages in this step
         for i, request in landed:
@@ -360,10 +359,8 @@ class Engine:
         """``lost_tokens``: of a step that found no page; the spans that had room for them hold them all the same.
         ``broken_off``: in the middle of a step."""
         row = _row(request)
-        if self._flight is not None and request in self._flight[0]:
-            self._flight[0][self._flight[0].index(request)] = None
-            if not request.ended_in_step and request.error is None:
-                lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
+        if self._under_way is not None and self._under_way.forget(request):
+            lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
         if not broken_off and lost_tokens <= self._prefill_chunk:  # of several chunks some may have been stored
             self._learn(request)
@@ -375,7 +372,7 @@ class Engine:
         # Without tokens that found no page: some spans lack them, and too small a share would let too many rows in.
         if request.usage is not None and request.computed > 2 * (self.cache.config.window_tokens + 1):
             self._to_learn = request.usage, request.computed
-        if self._flight is None:  # else reading it would wait for the step under way
+        if self._under_way is None:  # else reading it would wait for the step under way
             self._read_live_share()
 
     def _read_live_share(self) -> None:

@@ -134,7 +134,7 @@ class GraphCache:
 
     def run(self, inputs: Sequence[RowInput]) -> StepOutput:
         """One step for ``inputs``: tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next run."""
-        bucket = self._buckets[choose_bucket(len(inputs), self._sizes)]
+        bucket = self._buckets[self.bucket(len(inputs))]
         entry = self._entry(bucket)
         self._fill(bucket, inputs)
         return self._run(bucket, entry)
@@ -145,6 +145,10 @@ class GraphCache:
             raise ValueError("no run has left anything to go on with")
         bucket = self._held[0]
         return self._run(bucket, self._entry(bucket))
+
+    def bucket(self, num_rows: int) -> int:
+        """Rows of the step that a run for so many takes, with those that pad it."""
+        return choose_bucket(num_rows, self._sizes)
 
     def add_chunks(self, prefill: Prefill, most_tokens: int, recorder: Recorder | None = None) -> None:
         """Record prefills of up to ``most_tokens`` tokens, where steps are captured and there is memory for it.

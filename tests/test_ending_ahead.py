@@ -201,7 +201,7 @@ def test_what_a_row_kept_is_not_read_while_a_step_is_under_way(weights, monkeypa
     with compiled(weights, dms="off") as model:
         engine = engine_of(model)
         engine._run_ahead, engine._live_share = True, 0.25
-        seen = property(lambda usage: read.append(engine._flight is not None) or live_tokens(usage))  # type: ignore[func-returns-value]
+        seen = property(lambda usage: read.append(engine._under_way is not None) or live_tokens(usage))  # type: ignore[func-returns-value]
         monkeypatch.setattr(RowUsage, "live_tokens", seen)
         requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=5 * n + 5)) for n in range(3)]
         drain(model, requests[:1])

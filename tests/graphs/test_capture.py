@@ -174,6 +174,33 @@ def test_a_step_that_goes_on_neither_waits_nor_allocates(alone: list[list[int]])
         assert [request.output_ids for request in requests] == [alone[n][:60] for n in (0, 2)]
 
 
+def test_rows_that_end_by_length_make_no_step_wait() -> None:
+    """Eight rows become five, which need the same graph."""
+    with graphed(mode="eager", max_concurrency=1) as model:
+        expected = [one(model([5 + n], GREEDY)).token_ids for n in range(8)]
+    with graphed() as model:
+        lengths = [20, 21, 30, *[60] * 5]
+        requests = [submit(model, [5 + n], replace(GREEDY, max_tokens=length)) for n, length in enumerate(lengths)]
+        for _ in range(10):
+            engine_of(model).step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(30):
+                engine_of(model).step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [request.finished for request in requests] == [True] * 3 + [False] * 5
+        drain(model, requests)
+        check_idle(model)
+    assert [request.output_ids for request in requests] == [
+        ids[:length] for ids, length in zip(expected, lengths, strict=True)
+    ]
+    assert all(
+        request.usage is not None and request.usage.num_tokens == n
+        for request, n in zip(requests, lengths, strict=True)
+    )
+
+
 def _allocations() -> tuple[int, int]:
     """So far, of device memory and of pinned memory."""
     pinned = torch.cuda.host_memory_stats()["active_requests.allocated"]

@@ -1,0 +1,235 @@
+"""Decode steps that go on from what the last one left, though rows end, and what makes the host begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import fastdms
+from fastdms.engine import Engine
+from fastdms.graphs import RowInput
+from fastdms.request import Request
+from fastdms.runner import Flight
+from fastdms.sampling_params import SamplingParams
+from tests.models import tiny_tokens
+from tests.running import Watch, check_idle, compiled, drain, engine_of, many, one, submit
+from tests.tiny_tokenizers import byte_level
+
+GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+PROMPTS = [tiny_tokens(length, seed=length) for length in (40, 63, 5, 90, 1, 64, 17, 30)]
+
+
+class Calls:
+    """``starts``: of each decode step, the rows that the host filled in, or 0 where it went on by itself.
+    ``events``: "start", "land", "release" and "prefill" as they come."""
+
+    def __init__(self, model: fastdms.CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.starts: list[int] = []
+        self.events: list[str] = []
+        runner = engine_of(model).runner
+        decode = runner.decode
+
+        def started(inputs: Sequence[RowInput] | None) -> Flight:
+            self.starts.append(0 if inputs is None else len(inputs))
+            self.events.append("start")
+            return decode(inputs)
+
+        monkeypatch.setattr(runner, "decode", started)
+        for owner, name, event in (
+            (runner, "prefill", "prefill"),
+            (runner, "release", "release"),
+            (Flight, "land", "land"),
+        ):
+            monkeypatch.setattr(owner, name, self._noted(getattr(owner, name), event))
+
+    def _noted(self, call: Any, event: str) -> Any:
+        def noted(*args: Any) -> Any:
+            self.events.append(event)
+            return call(*args)
+
+        return noted
+
+
+@pytest.fixture(scope="module")
+def alone(weights: PreTrainedModel) -> list[fastdms.Completion]:
+    with compiled(weights, dms="off", max_concurrency=1, tokenizer=byte_level()) as model:
+        return [one(model(prompt, GREEDY)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("by", ["length", "id"])
+def test_rows_that_end_leave_the_others_as_they_are(weights, alone, monkeypatch, by: str) -> None:
+    """From 8 to 5 they stay where they are; 4 fit into a smaller bucket, and so do 2, and 1."""
+    with compiled(weights, dms="off", max_concurrency=8) as model:
+        watch = Watch(model)
+        engine_of(model)._run_ahead = True
+        params, length = [], 2
+        for done in alone:
+            ids, length = done.token_ids, length + 2
+            while by == "id" and ids[length - 1] in ids[: length - 1]:
+                length += 1
+            stop = [ids[length - 1]] if by == "id" else []
+            params.append(replace(GREEDY, max_tokens=GREEDY.max_tokens if by == "id" else length, stop_token_ids=stop))
+        requests = [submit(model, *each) for each in zip(PROMPTS, params, strict=True)]
+        calls = Calls(model, monkeypatch)
+        drain(model, requests)
+        check_idle(model)
+    assert [count for count in calls.starts if count] == [8, 4, 2, 1]
+    assert watch.counts["starved"] == 0
+    for request, done in zip(requests, alone, strict=True):
+        assert request.finish_reason == ("stop" if by == "id" else "length")
+        assert request.output_ids == done.token_ids[: len(request.output_ids)]
+        assert request.usage is not None
+        assert request.usage.num_tokens == len(request.prompt_ids) + len(request.output_ids) - 1
+
+
+def test_a_step_starts_before_the_last_is_read_and_rows_are_given_back_after(weights, monkeypatch) -> None:
+    with compiled(weights, dms="off", max_concurrency=4) as model:
+        engine_of(model)._run_ahead = True
+        requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=n)) for n in (4, 6, 6)]
+        calls = Calls(model, monkeypatch)
+        drain(model, requests)
+        check_idle(model)
+    going_on = ["start", "land"]
+    assert calls.starts == [3, 0, 0, 0, 2]
+    assert calls.events == [
+        "prefill", "start", *going_on, *going_on, *going_on, "release", "land", "start", "land", "release", "release",
+    ]  # fmt: skip
+
+
+def test_a_row_that_only_the_host_knows_to_have_ended_is_filled_out(weights, alone, monkeypatch) -> None:
+    """By a stop string, or cancelled: it would go on writing where nothing is its own any more."""
+    prompts, stop = PROMPTS[:8], alone[0].text[6:9]
+    with compiled(weights, dms="off", max_concurrency=8, tokenizer=byte_level()) as model:
+        watch = Watch(model)
+        engine_of(model)._run_ahead = True
+        requests = [
+            submit(model, prompt, replace(GREEDY, stop=stop if n == 0 else None)) for n, prompt in enumerate(prompts)
+        ]
+        calls = Calls(model, monkeypatch)
+        drain(model, requests[:1])
+        assert requests[0].finish_reason == "stop"
+        engine_of(model).step()
+        assert [count for count in calls.starts if count] == [8, 7]
+        engine_of(model).step()
+        engine_of(model).cancel(requests[1])
+        engine_of(model).step()
+        assert [count for count in calls.starts if count] == [8, 7, 6]
+        drain(model, requests[2:])
+        check_idle(model)
+    assert watch.counts["starved"] == 0
+    for request, done in zip(requests[2:], alone[2:], strict=True):
+        assert request.output_ids == done.token_ids
+
+
+def test_a_row_that_has_ended_is_another_ones_at_once(weights, alone, monkeypatch) -> None:
+    """Who waits for it begins in the next step, and the entry that was left behind touches nothing of it."""
+    with compiled(weights, dms="off", max_concurrency=8) as model:
+        Watch(model)
+        engine = engine_of(model)
+        engine._run_ahead = True
+        penalised = replace(GREEDY, frequency_penalty=0.5, repetition_penalty=1.2)
+        expected = one(model(PROMPTS[7], penalised)).token_ids
+        first = [
+            submit(model, PROMPTS[n], replace(penalised if n == 0 else GREEDY, max_tokens=6 if n == 0 else 30))
+            for n in range(7)
+        ]
+        drain(model, first[:1])
+        for _ in range(3):
+            engine.step()  # with a hole
+        calls = Calls(model, monkeypatch)
+        late = submit(model, PROMPTS[7], penalised)
+        engine.step()
+        assert late.row == 0
+        assert calls.events == ["land", "prefill", "start"]
+        drain(model, [*first, late])
+        check_idle(model)
+    assert late.output_ids == expected
+    assert [request.output_ids for request in first[1:]] == [done.token_ids for done in alone[1:7]]
+
+
+arrive = st.tuples(
+    st.just("arrive"),
+    st.integers(0, 7),
+    st.integers(1, 14),
+    st.sampled_from(["length", "id", "string", "least", "drawn"]),
+)
+cancel = st.tuples(st.just("cancel"), st.integers(0, 11), st.just(0), st.just(""))
+step = st.tuples(st.just("step"), st.integers(1, 5), st.just(0), st.just(""))
+
+
+@pytest.fixture(scope="module")
+def engines(weights) -> list[fastdms.CompiledModel]:
+    """Settled and ahead; with room for all, and with pages for a few, of which more are let in."""
+    models = []
+    for pages in (None, 20):
+        for ahead in (False, True):
+            models.append(
+                compiled(weights, dms="off", max_concurrency=6, pages=pages, prefill_chunk=32, tokenizer=byte_level())
+            )
+            engine_of(models[-1])._run_ahead = ahead
+            Watch(models[-1])
+            if pages is not None:
+                _let_too_many_in(engine_of(models[-1]))
+    return models
+
+
+def _let_too_many_in(engine: Engine) -> None:
+    engine._live_share = 0.0
+    engine._learn = lambda request: None  # type: ignore[method-assign]
+    engine._pages_to_spare = lambda: int(engine.cache.num_free)  # type: ignore[method-assign]
+
+
+def wanted(done: fastdms.Completion, length: int, how: str) -> SamplingParams:
+    """To end after ``length`` tokens, or about there."""
+    ids, text = done.token_ids, done.text
+    params = replace(GREEDY, max_tokens=length)
+    if how == "id":
+        return replace(GREEDY, stop_token_ids=[ids[length - 1]])
+    if how == "least":
+        return replace(GREEDY, stop_token_ids=[ids[length // 2]], min_tokens=length // 2 + 1, max_tokens=length + 1)
+    if how == "string":
+        return replace(params, stop=text[length : length + 2] or "none")
+    return replace(params, temperature=1, seed=length, presence_penalty=0.3) if how == "drawn" else params
+
+
+def outcome(request: Request) -> tuple[Any, ...]:
+    """All that comes of it, but for what the step ahead has stored of one that a stop string ended."""
+    assert request.usage is not None
+    assert request.text is not None
+    text = "".join(piece.text for piece in request.pieces)
+    kept = None if request.text.stopped else (request.usage.num_tokens, request.usage.live_tokens.tolist())
+    return request.finish_reason, request.error, request.output_ids, text, kept
+
+
+@settings(max_examples=25)
+@given(st.lists(st.one_of(arrive, arrive, cancel, step, step), min_size=1, max_size=20))
+def test_any_history_ends_as_in_an_engine_that_settles_each_step(engines, alone, history) -> None:
+    outcomes = []
+    for model in engines:
+        engine, requests, cancelled = engine_of(model), list[Request](), list[Request]()
+        for kind, number, length, how in history:
+            if kind == "arrive":
+                requests.append(submit(model, PROMPTS[number], wanted(alone[number], length, how)))
+            elif kind == "step":
+                for _ in range(number):
+                    engine.step()
+            elif number < len(requests):
+                engine.cancel(requests[number])
+                cancelled.append(requests[number])
+        drain(model, [request for request in requests if request not in cancelled])
+        check_idle(model)
+        outcomes.append([None if request in cancelled else outcome(request) for request in requests])
+    assert outcomes[1:] == outcomes[:1] * 3
+
+
+def test_the_tight_pool_of_any_history_starves_rows(engines) -> None:
+    for model in engines[2:]:
+        watch = Watch(model)
+        many(model(PROMPTS, GREEDY))
+        assert watch.counts["starved while decoding"] > 0
