@@ -161,10 +161,12 @@ class Engine:
         if self._goes_on():
             self._land(self.runner.decode(None))
             return
-        self._land()
-        self._admit()
+        if not self._prefilling() or self._could_admit():
+            self._land()
+            self._admit()
         if prefilling := self._prefilling():
             self._prefill(prefilling)
+        self._land()
         decoding = [request for request in self._running if request.prefilled and request.output_ids]
         if decoding:
             self._decode(decoding)
@@ -210,6 +212,9 @@ class Engine:
     def _free_rows(self) -> list[int]:
         used = self._taken_rows | {request.row for request in self._running}
         return [row for row in range(self.cache.config.num_rows) if row not in used]
+
+    def _could_admit(self) -> bool:
+        return bool(self._waiting and self._free_rows())
 
     def _admit(self) -> None:
         while self._waiting and (free := self._free_rows()):
@@ -263,26 +268,30 @@ class Engine:
         end = min(dense or len(ids), begin + (self._dense_chunk if dense else self._prefill_chunk))
         return PrefillPiece(row=_row(request), token_ids=ids[begin:end], start=begin, dense_tokens=dense)
 
-    def _prefill(self, requests: Sequence[Request]) -> None:
-        before = [request.computed for request in requests]
-        alone, failure = len(self._running) == 1, ""
+    def _start_chunks(self, requests: Sequence[Request]) -> torch.Tensor | None:
+        """The last one's logits ``[n, V]``, of the first n; None, and nothing is run, without memory for the first."""
         # The host reads whether rows found their pages, which can wait for some chunks.
         for _ in range(CHUNKS_AHEAD if self._run_ahead else 1):
             pieces = fill_chunk(map(self._remainder, requests), self._prefill_chunk, self._dense_chunk)
             try:
                 logits = self.runner.prefill(pieces)
             except HistoryError as error:
-                failure = str(error)  # kept with its frames it would keep half a history too
-                break
+                requests[0].error = ValueError(str(error))  # kept with its frames it would keep half a history too
+                return None
             prefilled = requests[: len(pieces)]  # the pieces are of the first
             for request, piece in zip(prefilled, pieces, strict=True):
                 request.computed += len(piece.token_ids)
             if pieces[0].dense_tokens or any(request.prefilled for request in prefilled):
                 break
-        if failure:  # before anything was run
-            requests[0].error = ValueError(failure)
+        return logits
+
+    def _prefill(self, requests: Sequence[Request]) -> None:
+        before, alone = [request.computed for request in requests], len(self._running) == 1
+        logits = self._start_chunks(requests)
+        if logits is None:
             self._leave(requests[0])
             return
+        self._land()  # not before: the device would wait for the chunks
         starved = set(self.cache.starved_rows())
         ready: list[tuple[Request, torch.Tensor]] = []
         for index, (request, computed) in enumerate(zip(requests, before, strict=True)):
@@ -307,7 +316,7 @@ class Engine:
         return (
             self._under_way is not None
             and self._under_way.goes_on(self._running, self.runner.graphs)
-            and not (self._waiting and self._free_rows())
+            and not self._could_admit()
         )
 
     def _land(self, ahead: Flight | None = None) -> None:

@@ -157,7 +157,8 @@ class ModelRunner:
             logits = None if first.dense_tokens else self.graphs.run_chunk(rows)
             if logits is not None:
                 return logits
-            placed = {name: tensor.to(self.device) for name, tensor in ragged_chunk(rows)._asdict().items()}
+            columns = ragged_chunk(rows)._asdict()
+            placed = {name: tensor.to(self.device, non_blocking=True) for name, tensor in columns.items()}
         chunk = Chunk(**placed, history=self._history(first), start=first.start)
         with inference(self.device):
             logits = self.decoder.prefill(chunk, self.cache)

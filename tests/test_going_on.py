@@ -17,7 +17,7 @@ from fastdms.graphs import RowInput
 from fastdms.request import Request
 from fastdms.runner import Flight
 from fastdms.sampling_params import SamplingParams
-from tests.models import tiny_tokens
+from tests.models import dms_config, tiny_tokens
 from tests.running import Watch, check_idle, compiled, drain, engine_of, many, one, submit
 from tests.tiny_tokenizers import byte_level
 
@@ -151,6 +151,68 @@ def test_a_row_that_has_ended_is_another_ones_at_once(weights, alone, monkeypatc
         check_idle(model)
     assert late.output_ids == expected
     assert [request.output_ids for request in first[1:]] == [done.token_ids for done in alone[1:7]]
+
+
+LONG = tiny_tokens(200, seed=200)
+
+
+@pytest.mark.parametrize("rule", ["off", "masked"])
+def test_chunks_start_before_a_step_is_read(weights, monkeypatch, rule: str) -> None:
+    """One by length ends in the second of the steps; it leaves behind the chunks."""
+    dms = "off" if rule == "off" else dms_config("nvidia", 7)
+    with compiled(weights, dms=dms, max_concurrency=3, prefill_chunk=16) as model:
+        expected = [one(model(ids, GREEDY)).token_ids for ids in (PROMPTS[2], PROMPTS[4], LONG)]
+        Watch(model)
+        engine = engine_of(model)
+        engine._run_ahead = True
+        requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=most)) for n, most in ((2, 30), (4, 4))]
+        engine.step()
+        requests.append(submit(model, LONG, GREEDY))
+        calls = Calls(model, monkeypatch)
+        turns = []
+        while not requests[2].output_ids:
+            calls.events.clear()
+            engine.step()
+            turns.append(calls.events.copy())
+        chunks = ["prefill"] * (1 if rule == "off" else 4)  # of 64 tokens, or 16
+        assert turns == [
+            ["land", *chunks, "start"],  # to let it in, which asks for the pages that are free
+            [*chunks, "land", "start"],
+            [*chunks, "land", "release", "start"],
+            ["prefill", "land", "start"],
+        ]
+        drain(model, requests)
+        check_idle(model)
+    assert [request.output_ids for request in requests] == [expected[0], expected[1][:4], expected[2]]
+
+
+@pytest.mark.parametrize("place", ["land", "accept", "release"])
+def test_reading_that_breaks_off_behind_chunks_loses_nothing(weights, monkeypatch, place: str) -> None:
+    with compiled(weights, dms="off", max_concurrency=3, prefill_chunk=16) as model:
+        expected = [one(model(ids, GREEDY)).token_ids for ids in (PROMPTS[2], PROMPTS[4], LONG)]
+        Watch(model)
+        engine = engine_of(model)
+        engine._run_ahead = True
+        requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=most)) for n, most in ((2, 30), (4, 3))]
+        engine.step()
+        requests.append(submit(model, LONG, GREEDY))
+        engine.step()
+
+        owner: Any = {"land": Flight, "accept": Request, "release": engine.runner}[place]
+        original, calls = getattr(owner, place), Calls(model, monkeypatch)
+
+        def interrupted(*_: Any) -> None:
+            patch.setattr(owner, place, original)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        assert calls.events[0] == "prefill"
+        drain(model, requests)
+        check_idle(model)
+    assert [request.output_ids for request in requests] == [expected[0], expected[1][:3], expected[2]]
 
 
 arrive = st.tuples(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastdms.cache import CompactCache
 from fastdms.graphs import GraphCache
 from fastdms.ops import MOST_ROWS
 from fastdms.request import Request
-from fastdms.runner import ModelRunner, _state, inference
+from fastdms.runner import ModelRunner, PrefillPiece, _state, inference
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
 from tests.models import VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
@@ -199,6 +200,26 @@ def test_rows_that_end_by_length_make_no_step_wait() -> None:
         request.usage is not None and request.usage.num_tokens == n
         for request, n in zip(requests, lengths, strict=True)
     )
+
+
+@pytest.mark.parametrize("rule", [MASKED, "off"], ids=["masked", "off"])
+def test_a_chunk_is_started_without_a_wait(monkeypatch, rule: Any) -> None:
+    """By graphs, or densely: a step may be under way that it stands behind."""
+    with graphed(dms=rule, prefill_chunk=64) as model:
+        expected = many(model(PROMPTS, replace(GREEDY, max_tokens=5)))
+        runner = engine_of(model).runner
+        prefill = runner.prefill
+
+        def unwaited(pieces: Sequence[PrefillPiece]) -> torch.Tensor:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return prefill(pieces)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(runner, "prefill", unwaited)
+        done = many(model(PROMPTS, replace(GREEDY, max_tokens=5)))
+        assert [answer.token_ids for answer in done] == [answer.token_ids for answer in expected]
 
 
 def _allocations() -> tuple[int, int]:
