@@ -291,19 +291,19 @@ class Engine:
         if logits is None:
             self._leave(requests[0])
             return
-        self._land()  # not before: the device would wait for the chunks
-        starved = set(self.cache.starved_rows())
-        ready: list[tuple[Request, torch.Tensor]] = []
-        for index, (request, computed) in enumerate(zip(requests, before, strict=True)):
-            if request.computed > computed and request.row in starved:
+        results = [self.cache.starved]
+        first = [(r, row) for r, row in zip(requests, logits, strict=False) if r.prefilled and not r.output_ids]
+        if first:
+            rows = torch.stack([row for _, row in first])
+            results.append(self.runner.sample(rows, [request.row_input() for request, _ in first]))
+        self._land()  # not before: the device would wait for all this
+        read = torch.cat(results).tolist()  # one wait for both
+        for request, computed in zip(requests, before, strict=True):
+            if request.computed > computed and read[_row(request)]:
                 lost, request.computed = request.computed - computed, computed
                 self._starve(request, alone, lost_tokens=lost)
-            elif request.computed > computed and request.prefilled and not request.output_ids:
-                ready.append((request, logits[index]))
-        if ready:
-            rows = torch.stack([row for _, row in ready])
-            tokens = self.runner.sample(rows, [request.row_input() for request, _ in ready])
-            for (request, row), token in zip(ready, tokens.tolist(), strict=True):
+        for (request, row), token in zip(first, read[len(results[0]) :], strict=True):
+            if request.row is not None:  # else it found no page
                 self._accept(request, token, row)
 
     def _decode(self, requests: Sequence[Request]) -> None:

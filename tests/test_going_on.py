@@ -27,7 +27,7 @@ PROMPTS = [tiny_tokens(length, seed=length) for length in (40, 63, 5, 90, 1, 64,
 
 class Calls:
     """``starts``: of each decode step, the rows that the host filled in, or 0 where it went on by itself.
-    ``events``: "start", "land", "release" and "prefill" as they come."""
+    ``events``: "start", "land", "release", "prefill" and "sample" as they come."""
 
     def __init__(self, model: fastdms.CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.starts: list[int] = []
@@ -44,6 +44,7 @@ class Calls:
         for owner, name, event in (
             (runner, "prefill", "prefill"),
             (runner, "release", "release"),
+            (runner, "sample", "sample"),
             (Flight, "land", "land"),
         ):
             monkeypatch.setattr(owner, name, self._noted(getattr(owner, name), event))
@@ -98,7 +99,8 @@ def test_a_step_starts_before_the_last_is_read_and_rows_are_given_back_after(wei
     going_on = ["start", "land"]
     assert calls.starts == [3, 0, 0, 0, 2]
     assert calls.events == [
-        "prefill", "start", *going_on, *going_on, *going_on, "release", "land", "start", "land", "release", "release",
+        "prefill", "sample", "start", *going_on, *going_on, *going_on, "release",
+        "land", "start", "land", "release", "release",
     ]  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def test_a_row_that_has_ended_is_another_ones_at_once(weights, alone, monkeypatc
         late = submit(model, PROMPTS[7], penalised)
         engine.step()
         assert late.row == 0
-        assert calls.events == ["land", "prefill", "start"]
+        assert calls.events == ["land", "prefill", "sample", "start"]
         drain(model, [*first, late])
         check_idle(model)
     assert late.output_ids == expected
@@ -179,7 +181,7 @@ def test_chunks_start_before_a_step_is_read(weights, monkeypatch, rule: str) -> 
             ["land", *chunks, "start"],  # to let it in, which asks for the pages that are free
             [*chunks, "land", "start"],
             [*chunks, "land", "release", "start"],
-            ["prefill", "land", "start"],
+            ["prefill", "sample", "land", "start"],
         ]
         drain(model, requests)
         check_idle(model)

@@ -169,6 +169,22 @@ def test_preempted_rows_are_counted_anew(weights, alone, ahead: bool) -> None:
         assert request.output_ids == alone("masked", [prompt], each)[0]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["settled", "ahead"])
+def test_rows_that_find_no_page_for_their_prompt_are_counted_anew(weights, alone, ahead: bool) -> None:
+    """A first token was drawn and counted before that was known. Others have their rows in between."""
+    prompts = [tiny_tokens(length, seed=length) for length in (300, 280, 290, 20)]
+    params = [replace(kind, max_tokens=12) for kind in (KINDS[1], KINDS[2], KINDS[6], KINDS[1])]
+    with compiled(weights, dms=MASKED, max_context=512, max_concurrency=3, pages=28) as model:
+        watch, engine = Watch(model), engine_of(model)
+        engine._run_ahead, engine._live_share = ahead, 0.1  # as if learned from what compresses well
+        requests = [submit(model, *each) for each in zip(prompts, params, strict=True)]
+        drain(model, requests)
+        check_idle(model)
+    assert watch.counts["starved"] > watch.counts["starved while decoding"]
+    for prompt, each, request in zip(prompts, params, requests, strict=True):
+        assert request.output_ids == alone("masked", [prompt], each)[0]
+
+
 def test_a_step_broken_off_is_counted_anew(weights, alone, monkeypatch) -> None:
     """Its tokens are dropped after the step has counted them."""
     with compiled(weights, dms=MASKED) as model:
