@@ -22,7 +22,7 @@ from fastdms.graphs import (
     TokenRing,
     decode_buckets,
     fingerprint,
-    make_buffers,
+    pack,
     ragged_chunk,
 )
 from fastdms.ops import dense_kernel, sample
@@ -189,9 +189,7 @@ class ModelRunner:
     def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
         """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave; counts them too."""
         with inference(self.device):
-            buffers = make_buffers(len(inputs), self.device)
-            buffers.fill(inputs)
-            return _sample(logits, buffers, self.cache.counts)[0]
+            return _sample(logits, pack(inputs, len(inputs), self.device), self.cache.counts)[0]
 
     def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Say what the request of ``row`` has seen before it decodes, for its penalties; steps count on from there."""

@@ -2,7 +2,7 @@
 
 from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
-from fastdms.graphs.buffers import MAX_END_IDS, RowInput, StepBuffers, make_buffers
+from fastdms.graphs.buffers import MAX_END_IDS, RowInput, StepBuffers, make_buffers, pack
 from fastdms.graphs.cache import MODES, GraphCache, check_mode
 from fastdms.graphs.chunk_graphs import RowChunk, ragged_chunk
 from fastdms.graphs.compiler import Step, StepOutput
@@ -28,5 +28,6 @@ __all__ = [
     "decode_buckets",
     "fingerprint",
     "make_buffers",
+    "pack",
     "ragged_chunk",
 ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["MAX_END_IDS", "Columns", "RowInput", "StepBuffers", "make_buffers"]
+__all__ = ["MAX_END_IDS", "RowInput", "StepBuffers", "make_buffers", "pack"]
 
 MAX_END_IDS = 32
 _NEUTRAL = (0.0, 0.0, 1.0)
-
-Columns = tuple[list[Any] | None, ...]  # of the buffers, one list of entries each; None: not known
+_MULTIPLE = 4  # entries of 4 bytes: Triton compiles a kernel anew for what lies at no multiple of 16 bytes
 
 
 class RowInput(NamedTuple):
@@ -57,57 +58,46 @@ class StepBuffers(NamedTuple):
         """Views of the first ``num_entries`` entries."""
         return StepBuffers(*(tensor[:num_entries] for tensor in self))
 
-    def fill(self, inputs: Sequence[RowInput], held: Columns | None = None, slot: int = 0) -> Columns:
-        """Write ``inputs`` and mark the entries after them as padding (position -1); returns what they then hold.
-
-        held: what the last ``fill`` of these entries returned, if nothing has been written to them since: then only
-        what differs is, which in a batch that goes on is tokens and positions.
-        """
-        padding = [RowInput(row=0, token=0, position=-1)] * (self.tokens.shape[0] - len(inputs))
-        entries = [*inputs, *padding]
-        columns: Columns = (
-            [entry.token for entry in entries],
-            [entry.position for entry in entries],
-            [slot] * len(entries),
-            [entry.row for entry in entries],
-            [entry.temperature for entry in entries],
-            [entry.top_k for entry in entries],
-            [entry.top_p for entry in entries],
-            [entry.min_p for entry in entries],
-            [entry.seed for entry in entries],
-            [[*entry.end_ids, *[-1] * (MAX_END_IDS - len(entry.end_ids))] for entry in entries],
-            [entry.banned_until for entry in entries],
-            [entry.penalties or _NEUTRAL for entry in entries],
-            [-1 if entry.penalties is None else entry.row for entry in entries],
-            [entry.last_position for entry in entries],
-        )
-        for tensor, column, before in zip(self, columns, held or [None] * len(columns), strict=True):
-            if column != before:
-                tensor.copy_(torch.tensor(column, dtype=tensor.dtype, device="cpu"), non_blocking=True)
-        return columns
+    def fill(self, inputs: Sequence[RowInput], slot: int = 0) -> None:
+        """Write ``inputs`` and mark the entries after them as padding (position -1)."""
+        packed = pack(inputs, len(self.tokens), self.tokens.device, slot)
+        # As words of one dtype, which take one launch.
+        torch._foreach_copy_([to.view(torch.int32) for to in self], [column.view(torch.int32) for column in packed])
 
 
 def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:
     """Buffers of ``num_entries`` padding entries."""
+    return StepBuffers(*(tensor.clone() for tensor in pack([], num_entries, device)))
 
-    def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.zeros((num_entries, *shape), dtype=dtype, device=device)
 
-    buffers = StepBuffers(
-        tokens=zeros(torch.int64),
-        positions=zeros(torch.int32),
-        slots=zeros(torch.int64),
-        rows=zeros(torch.int32),
-        temperature=zeros(torch.float32),
-        top_k=zeros(torch.int32),
-        top_p=zeros(torch.float32),
-        min_p=zeros(torch.float32),
-        seeds=zeros(torch.int64),
-        end_ids=zeros(torch.int32, MAX_END_IDS),
-        banned_until=zeros(torch.int32),
-        penalties=zeros(torch.float32, 3),
-        count_rows=zeros(torch.int32),
-        last_positions=zeros(torch.int32),
-    )
-    buffers.fill([])
-    return buffers
+def pack(inputs: Sequence[RowInput], num_entries: int, device: torch.device, slot: int = 0) -> StepBuffers:
+    """Buffers of ``inputs`` and padding after them, all in one piece of memory, which one copy takes to ``device``."""
+    whole = -(-num_entries // _MULTIPLE) * _MULTIPLE
+    entries = [*inputs, *[RowInput(row=0, token=0, position=-1)] * (whole - len(inputs))]
+    longs = np.array([(e.token, slot, e.seed) for e in entries], np.int64).T
+    ints = np.array(
+        [
+            (e.position, e.row, e.top_k, e.banned_until, e.last_position, -1 if e.penalties is None else e.row)
+            for e in entries
+        ],
+        np.int32,
+    ).T
+    floats = np.array([(e.temperature, e.top_p, e.min_p) for e in entries], np.float32).T
+    penalties = np.array([entry.penalties or _NEUTRAL for entry in entries], np.float32)
+    end_ids = np.full((whole, MAX_END_IDS), -1, np.int32)
+    for index, entry in enumerate(inputs):
+        end_ids[index, : len(entry.end_ids)] = entry.end_ids
+    parts: tuple[npt.NDArray[Any], ...] = (longs, ints, floats, penalties, end_ids)
+    host = torch.from_numpy(np.concatenate([part.reshape(-1).view(np.uint8) for part in parts]))
+    pieces = host.to(device, non_blocking=True).split([part.nbytes for part in parts])
+    placed = [
+        piece.view(torch.from_numpy(part).dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)
+    ]
+    tokens, slots, seeds = placed[0][:, :num_entries]
+    positions, rows, top_k, banned_until, last_positions, count_rows = placed[1][:, :num_entries]
+    temperature, top_p, min_p = placed[2][:, :num_entries]
+    return StepBuffers(
+        tokens=tokens, positions=positions, slots=slots, rows=rows, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, seeds=seeds, end_ids=placed[4][:num_entries], banned_until=banned_until,
+        penalties=placed[3][:num_entries], count_rows=count_rows, last_positions=last_positions,
+    )  # fmt: skip

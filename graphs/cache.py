@@ -13,7 +13,7 @@ import torch
 
 from fastdms.graphs.artifacts import Artifacts
 from fastdms.graphs.bucket import choose_bucket
-from fastdms.graphs.buffers import Columns, RowInput, StepBuffers, make_buffers
+from fastdms.graphs.buffers import RowInput, StepBuffers, make_buffers
 from fastdms.graphs.capture import GraphRecorder, Recorder
 from fastdms.graphs.chunk_graphs import ChunkBuffers, ChunkGraphs, Prefill, RowChunk, chunk_sizes
 from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step, mark_batch, tracing
@@ -120,8 +120,8 @@ class GraphCache:
         self._hits = self._misses = self._evictions = self._pool_bytes = 0
         self._compiles_at_start: int | None = None
         self._trace_seconds = self._capture_seconds = 0.0
-        # What the buffers, which all buckets share, were last filled with, and for how many rows.
-        self._held: tuple[_Bucket, Columns] | None = None
+        # For which bucket the buffers, which all share, were last filled, and for how many rows.
+        self._filled: _Bucket | None = None
         self._num_rows = 0
         self.slot = 0
 
@@ -141,10 +141,9 @@ class GraphCache:
 
     def run_on(self) -> StepOutput:
         """The rows of the last run again, with the tokens and positions that it left; the host has no part in it."""
-        if self._held is None:
+        if self._filled is None:
             raise ValueError("no run has left anything to go on with")
-        bucket = self._held[0]
-        return self._run(bucket, self._entry(bucket))
+        return self._run(self._filled, self._entry(self._filled))
 
     def bucket(self, num_rows: int) -> int:
         """Rows of the step that a run for so many takes, with those that pad it."""
@@ -225,19 +224,17 @@ class GraphCache:
         return entry
 
     def _fill(self, bucket: _Bucket, inputs: Sequence[RowInput]) -> None:
-        held = self._held[1] if self._held is not None and self._held[0] is bucket else None
-        self._held = None  # should filling break off
-        self._held, self._num_rows = (bucket, bucket.inputs.fill(inputs, held, self.slot)), len(inputs)
+        self._filled = None  # should filling break off
+        bucket.inputs.fill(inputs, self.slot)
+        self._filled, self._num_rows = bucket, len(inputs)
 
     def _run(self, bucket: _Bucket, entry: _Entry) -> StepOutput:
         if self._debug:
             self._check_addresses(f"bucket {bucket.key.bucket}", bucket.inputs, entry.addresses)
-        assert self._held is not None
-        columns, self._held = self._held[1], None  # should the step break off
+        self._filled = None  # should the step break off
         tokens, logits = entry.run()
+        self._filled = bucket
         self.slot = (self.slot + 1) % RING_SLOTS
-        slots = [self.slot] * len(bucket.inputs.slots)
-        self._held = bucket, (None, None, slots, *columns[3:])  # tokens and positions are the step's to change
         bucket.runs += 1
         bucket.padded_rows += tokens.shape[0] - self._num_rows
         return tokens[: self._num_rows], logits[: self._num_rows]
@@ -254,7 +251,7 @@ class GraphCache:
         else:
             entry = _Entry(bucket.code, 0, {})
         self._entries[bucket.key] = entry
-        self._held = None  # the step may have changed its inputs
+        self._filled = None
         bucket.seconds += time.perf_counter() - started
         return entry
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdms.graphs import MAX_END_IDS, RowInput, StepBuffers, make_buffers
+from fastdms.graphs import MAX_END_IDS, RowInput, StepBuffers, make_buffers, pack
 
 CPU = torch.device("cpu")
 DTYPES = {
@@ -82,19 +82,33 @@ def test_fill_writes_every_field_and_pads_the_rest() -> None:
     assert [tensor.data_ptr() for tensor in buffers] == addresses, "a captured graph would read the old place"
 
 
-def test_only_what_differs_from_what_is_held_is_written() -> None:
+def test_filling_takes_one_copy_to_the_device_and_one_launch_there(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = make_buffers(3, CPU)
-    held = buffers.fill([entry(1), entry(2)])
-    for tensor in buffers:
-        tensor.fill_(99)
-    moved = [entry(1)._replace(token=7, position=8), entry(2)._replace(seed=6)]
-    held = buffers.fill(moved, held)
-    changed = {name for name, tensor in buffers._asdict().items() if not (tensor == 99).all()}
-    assert changed == {"tokens", "positions", "seeds"}
-    assert (buffers.tokens.tolist(), buffers.positions.tolist()) == ([7, 12, 0], [8, 22, -1])
-    assert buffers.fill(moved) == held
-    buffers.fill(moved, held, slot=2)
-    assert buffers.slots.tolist() == [2] * 3
+    copied: list[Any] = []
+    to = torch.Tensor.to
+
+    def seen(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        copied.append((args, options))
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", seen)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        buffers.fill([entry(1), entry(2)], slot=2)
+    assert copied == [((CPU,), {"non_blocking": True})]
+    launches = {event.key: event.count for event in profile.key_averages()}
+    assert launches["aten::_foreach_copy_"] == 1
+    assert not {"aten::fill_", "aten::zero_", "aten::cat", "aten::clone"} & set(launches)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_what_is_packed_lies_in_one_piece_and_aligned(count: int) -> None:
+    """As kernels were compiled for; and buffers that a graph reads lie in pieces of their own."""
+    packed = pack([entry(n) for n in range(count)], count, CPU, slot=3)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == 1
+    assert all(tensor.storage_offset() * tensor.itemsize % 16 == 0 and tensor.is_contiguous() for tensor in packed)
+    assert all(close(read(packed, n), entry(n)) for n in range(count))
+    assert packed.slots.tolist() == [3] * count
+    assert len({tensor.untyped_storage().data_ptr() for tensor in make_buffers(count, CPU)}) == len(packed)
 
 
 def test_a_buckets_buffers_are_views() -> None:
