@@ -31,9 +31,9 @@ class Engine:
     Threads may share an engine: what touches rows or the cache happens inside ``alone``, and whoever steps carries all
     requests on.
 
-    run_ahead: start a decode step before the tokens of the last one are read, while the same rows go on, and prefill
-    chunks before it is known whether the last found pages. A row that an end id or its length ended does nothing in the
-    step ahead; what one did that ended otherwise is dropped with its pages.
+    run_ahead: start a decode step before the tokens of the last one are read, while no row joins, and prefill chunks
+    before that, too, and before it is known whether the last found pages. A row that an end id or its length ended does
+    nothing in the step ahead; what one did that ended otherwise is dropped with its pages.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
