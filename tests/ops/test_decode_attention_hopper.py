@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastdms.ops.decode_attention import hopper_kernel, hopper_split_kernel
+from fastdms.ops.gluon_common import registers
 from fastdms.ops.triton_common import WAIT_KNOWING, on_hopper
 from tests.ops import gluon_emulator
 from tests.ops.gluon_emulator import emulate
@@ -133,6 +134,17 @@ def test_other_cards_are_not_hopper(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert on_hopper(torch.device("cuda")) == expected
     assert not on_hopper(CPU)
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "programs", "expected"),
+    [(1, 16, 128), (1, 12, 168), (1, 10, 168), (1, 9, 168), (1, 8, 255), (4, 2, 255), (8, 1, 255), (4, 3, 168)],
+)
+def test_each_quarter_of_a_multiprocessor_has_registers_for_its_warps(
+    num_warps: int, programs: int, expected: int
+) -> None:
+    assert registers(num_warps, programs) == expected
+    assert 32 * -(-num_warps * programs // 4) * expected <= 65536 // 4
 
 
 @pytest.mark.wide(4)
