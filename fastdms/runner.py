@@ -17,12 +17,12 @@ from fastdms.graphs import (
     RowChunk,
     RowInput,
     Sent,
+    Staging,
     StepBuffers,
     StepOutput,
     TokenRing,
     decode_buckets,
     fingerprint,
-    pack,
     ragged_chunk,
 )
 from fastdms.ops import dense_kernel, sample
@@ -117,6 +117,7 @@ class ModelRunner:
         self._histories: dict[int, DenseHistory] = {}  # by row
         with inference(self.device):
             self._ring = TokenRing(max_concurrency, self.device)
+            self._staging = Staging(max_concurrency, self.device)  # of first tokens
         ring = self._ring.tokens
 
         def step(inputs: StepBuffers) -> StepOutput:
@@ -189,7 +190,7 @@ class ModelRunner:
     def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
         """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave; counts them too."""
         with inference(self.device):
-            return _sample(logits, pack(inputs, len(inputs), self.device), self.cache.counts)[0]
+            return _sample(logits, self._staging.pack(inputs).first(len(inputs)), self.cache.counts)[0]
 
     def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Say what the request of ``row`` has seen before it decodes, for its penalties; steps count on from there."""

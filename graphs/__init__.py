@@ -2,7 +2,7 @@
 
 from fastdms.graphs.artifacts import ARTIFACTS
 from fastdms.graphs.bucket import choose_bucket, decode_buckets
-from fastdms.graphs.buffers import MAX_END_IDS, RowInput, StepBuffers, make_buffers, pack
+from fastdms.graphs.buffers import MAX_END_IDS, RowInput, Staging, StepBuffers, make_buffers
 from fastdms.graphs.cache import MODES, GraphCache, check_mode
 from fastdms.graphs.chunk_graphs import RowChunk, ragged_chunk
 from fastdms.graphs.compiler import Step, StepOutput
@@ -19,6 +19,7 @@ __all__ = [
     "RowChunk",
     "RowInput",
     "Sent",
+    "Staging",
     "Step",
     "StepBuffers",
     "StepOutput",
@@ -28,6 +29,5 @@ __all__ = [
     "decode_buckets",
     "fingerprint",
     "make_buffers",
-    "pack",
     "ragged_chunk",
 ]

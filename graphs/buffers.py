@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-__all__ = ["MAX_END_IDS", "RowInput", "StepBuffers", "make_buffers", "pack"]
+__all__ = ["MAX_END_IDS", "RowInput", "Staging", "StepBuffers", "make_buffers"]
 
 MAX_END_IDS = 32
 _NEUTRAL = (0.0, 0.0, 1.0)
-_MULTIPLE = 4  # entries of 4 bytes: Triton compiles a kernel anew for what lies at no multiple of 16 bytes
+_NO_IDS = (-1,) * MAX_END_IDS
+_ALIGNMENT = 16  # bytes; Triton compiles a kernel anew for what lies at no multiple of them
 
 
 class RowInput(NamedTuple):
@@ -33,6 +32,9 @@ class RowInput(NamedTuple):
     banned_until: int = 0
     penalties: tuple[float, float, float] | None = None
     last_position: int = 2**31 - 1
+
+
+_PADDING = RowInput(row=0, token=0, position=-1)
 
 
 class StepBuffers(NamedTuple):
@@ -58,46 +60,69 @@ class StepBuffers(NamedTuple):
         """Views of the first ``num_entries`` entries."""
         return StepBuffers(*(tensor[:num_entries] for tensor in self))
 
-    def fill(self, inputs: Sequence[RowInput], slot: int = 0) -> None:
-        """Write ``inputs`` and mark the entries after them as padding (position -1)."""
-        packed = pack(inputs, len(self.tokens), self.tokens.device, slot)
-        # As words of one dtype, which take one launch.
-        torch._foreach_copy_([to.view(torch.int32) for to in self], [column.view(torch.int32) for column in packed])
+    def words(self) -> list[torch.Tensor]:
+        """Views of all as words of one dtype, which one launch copies."""
+        return [tensor.view(torch.int32) for tensor in self]
+
+
+# Dtype and width of an entry, in the order of ``StepBuffers``.
+_COLUMNS = (
+    (torch.int64, 1), (torch.int32, 1), (torch.int64, 1), (torch.int32, 1), (torch.float32, 1), (torch.int32, 1),
+    (torch.float32, 1), (torch.float32, 1), (torch.int64, 1), (torch.int32, MAX_END_IDS), (torch.int32, 1),
+    (torch.float32, 3), (torch.int32, 1), (torch.int32, 1),
+)  # fmt: skip
 
 
 def make_buffers(num_entries: int, device: torch.device) -> StepBuffers:
-    """Buffers of ``num_entries`` padding entries."""
-    return StepBuffers(*(tensor.clone() for tensor in pack([], num_entries, device)))
+    """Buffers of ``num_entries`` padding entries, each in memory of its own: to the compiler what changes in one of two
+    that share it may have changed in the other."""
+    return StepBuffers(*(tensor.clone() for tensor in Staging(num_entries, device).pack([])))
 
 
-def pack(inputs: Sequence[RowInput], num_entries: int, device: torch.device, slot: int = 0) -> StepBuffers:
-    """Buffers of ``inputs`` and padding after them, all in one piece of memory, which one copy takes to ``device``."""
-    whole = -(-num_entries // _MULTIPLE) * _MULTIPLE
-    entries = [*inputs, *[RowInput(row=0, token=0, position=-1)] * (whole - len(inputs))]
-    longs = np.array([(e.token, slot, e.seed) for e in entries], np.int64).T
-    ints = np.array(
-        [
-            (e.position, e.row, e.top_k, e.banned_until, e.last_position, -1 if e.penalties is None else e.row)
-            for e in entries
-        ],
-        np.int32,
-    ).T
-    floats = np.array([(e.temperature, e.top_p, e.min_p) for e in entries], np.float32).T
-    penalties = np.array([entry.penalties or _NEUTRAL for entry in entries], np.float32)
-    end_ids = np.full((whole, MAX_END_IDS), -1, np.int32)
-    for index, entry in enumerate(inputs):
-        end_ids[index, : len(entry.end_ids)] = entry.end_ids
-    parts: tuple[npt.NDArray[Any], ...] = (longs, ints, floats, penalties, end_ids)
-    host = torch.from_numpy(np.concatenate([part.reshape(-1).view(np.uint8) for part in parts]))
-    pieces = host.to(device, non_blocking=True).split([part.nbytes for part in parts])
-    placed = [
-        piece.view(torch.from_numpy(part).dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)
-    ]
-    tokens, slots, seeds = placed[0][:, :num_entries]
-    positions, rows, top_k, banned_until, last_positions, count_rows = placed[1][:, :num_entries]
-    temperature, top_p, min_p = placed[2][:, :num_entries]
-    return StepBuffers(
-        tokens=tokens, positions=positions, slots=slots, rows=rows, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, seeds=seeds, end_ids=placed[4][:num_entries], banned_until=banned_until,
-        penalties=placed[3][:num_entries], count_rows=count_rows, last_positions=last_positions,
-    )  # fmt: skip
+class Staging:
+    """All buffers of ``num_entries`` entries in one piece of memory, on the host and on the device, so that a single
+    copy takes them there."""
+
+    def __init__(self, num_entries: int, device: torch.device) -> None:
+        begins, size = [], 0
+        for dtype, width in _COLUMNS:
+            begins.append(size)
+            size += -(-num_entries * width * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+        def columns(memory: torch.Tensor) -> StepBuffers:
+            return StepBuffers(
+                *(
+                    memory[begin : begin + num_entries * width * dtype.itemsize].view(dtype).view(-1, width).squeeze(1)
+                    for begin, (dtype, width) in zip(begins, _COLUMNS, strict=True)
+                )
+            )
+
+        self._num_entries = num_entries
+        self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self._columns = [column.numpy() for column in columns(self._host)]
+        self._placed = torch.zeros_like(self._host, device=device)
+        self.placed = columns(self._placed)
+
+    def pack(self, inputs: Sequence[RowInput], slot: int = 0) -> StepBuffers:
+        """``inputs`` and padding after them (position -1), on the device, until the next call."""
+        entries = [*inputs, *[_PADDING] * (self._num_entries - len(inputs))]
+        columns = (
+            [entry.token for entry in entries],
+            [entry.position for entry in entries],
+            slot,
+            [entry.row for entry in entries],
+            [entry.temperature for entry in entries],
+            [entry.top_k for entry in entries],
+            [entry.top_p for entry in entries],
+            [entry.min_p for entry in entries],
+            [entry.seed for entry in entries],
+            [entry.end_ids + _NO_IDS[len(entry.end_ids) :] for entry in entries],
+            [entry.banned_until for entry in entries],
+            [entry.penalties or _NEUTRAL for entry in entries],
+            [-1 if entry.penalties is None else entry.row for entry in entries],
+            [entry.last_position for entry in entries],
+        )
+        for column, values in zip(self._columns, columns, strict=True):
+            column[:] = values
+        self._placed.copy_(self._host, non_blocking=True)  # pageable, so that the host may go on and change it
+        return self.placed

@@ -13,7 +13,7 @@ import torch
 
 from fastdms.graphs.artifacts import Artifacts
 from fastdms.graphs.bucket import choose_bucket
-from fastdms.graphs.buffers import RowInput, StepBuffers, make_buffers
+from fastdms.graphs.buffers import RowInput, Staging, StepBuffers, make_buffers
 from fastdms.graphs.capture import GraphRecorder, Recorder
 from fastdms.graphs.chunk_graphs import ChunkBuffers, ChunkGraphs, Prefill, RowChunk, chunk_sizes
 from fastdms.graphs.compiler import CountingBackend, Step, StepOutput, compile_step, mark_batch, tracing
@@ -116,6 +116,8 @@ class GraphCache:
             for bucket in sorted(buckets)
         }  # fmt: skip
         self._sizes = tuple(self._buckets)
+        self._staging = Staging(max(buckets), device)
+        self._fills = largest.words(), self._staging.placed.words()  # all buckets' buffers
         self._entries: dict[GraphKey, _Entry] = {}  # least recently used first
         self._hits = self._misses = self._evictions = self._pool_bytes = 0
         self._compiles_at_start: int | None = None
@@ -226,7 +228,8 @@ class GraphCache:
 
     def _fill(self, bucket: _Bucket, inputs: Sequence[RowInput]) -> None:
         self._filled = None  # should filling break off
-        bucket.inputs.fill(inputs, self.slot)
+        self._staging.pack(inputs, self.slot)
+        torch._foreach_copy_(*self._fills)
         self._filled, self._num_rows = bucket, len(inputs)
 
     def _run(self, bucket: _Bucket, entry: _Entry) -> StepOutput:

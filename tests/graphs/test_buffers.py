@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from fastdms.graphs import MAX_END_IDS, RowInput, StepBuffers, make_buffers, pack
+from fastdms.graphs import MAX_END_IDS, RowInput, Staging, StepBuffers, make_buffers
 
 CPU = torch.device("cpu")
 DTYPES = {
@@ -51,6 +52,14 @@ def read(buffers: StepBuffers, index: int) -> RowInput:
     )  # fmt: skip
 
 
+def fill(buffers: StepBuffers, entries: Sequence[RowInput], slot: int = 0, staging: Staging | None = None) -> None:
+    """As the graph cache does it."""
+    staging = staging or Staging(len(buffers.tokens), CPU)
+    to, placed = buffers.words(), staging.placed.words()
+    staging.pack(entries, slot)
+    torch._foreach_copy_(to, placed)
+
+
 def close(one: RowInput, other: RowInput) -> bool:
     """Equal, fp32 numbers as far as fp32 goes."""
     floats = ("temperature", "top_p", "min_p")
@@ -70,10 +79,10 @@ def test_a_fresh_buffer_is_all_padding() -> None:
 
 def test_fill_writes_every_field_and_pads_the_rest() -> None:
     buffers = make_buffers(4, CPU)
-    addresses = [tensor.data_ptr() for tensor in buffers]
+    addresses, staging = [tensor.data_ptr() for tensor in buffers], Staging(4, CPU)
     for count in (4, 1, 3, 0, 2):  # fewer after more: nothing of the earlier ones may stay
         entries = [entry(n + count) for n in range(count)]
-        buffers.fill(entries, slot=count)
+        fill(buffers, entries, count, staging)
         assert buffers.slots.tolist() == [count] * 4, "of padding, too"
         for index, expected in enumerate(entries):
             assert close(read(buffers, index), expected)
@@ -83,27 +92,29 @@ def test_fill_writes_every_field_and_pads_the_rest() -> None:
 
 
 def test_filling_takes_one_copy_to_the_device_and_one_launch_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffers = make_buffers(3, CPU)
+    buffers, staging = make_buffers(3, CPU), Staging(3, CPU)
+    to, placed = buffers.words(), staging.placed.words()
     copied: list[Any] = []
-    to = torch.Tensor.to
+    copy = torch.Tensor.copy_
 
-    def seen(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        copied.append((args, options))
-        return to(tensor, *args, **options)
+    def seen(tensor: torch.Tensor, source: torch.Tensor, **options: Any) -> torch.Tensor:
+        copied.append((source.device, options))
+        return copy(tensor, source, **options)
 
-    monkeypatch.setattr(torch.Tensor, "to", seen)
+    monkeypatch.setattr(torch.Tensor, "copy_", seen)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        buffers.fill([entry(1), entry(2)], slot=2)
-    assert copied == [((CPU,), {"non_blocking": True})]
+        staging.pack([entry(1), entry(2)], slot=2)
+        torch._foreach_copy_(to, placed)
+    assert copied == [(CPU, {"non_blocking": True})]
     launches = {event.key: event.count for event in profile.key_averages()}
     assert launches["aten::_foreach_copy_"] == 1
-    assert not {"aten::fill_", "aten::zero_", "aten::cat", "aten::clone"} & set(launches)
+    assert not {"aten::fill_", "aten::zero_", "aten::cat", "aten::clone", "aten::to", "aten::empty"} & set(launches)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_what_is_packed_lies_in_one_piece_and_aligned(count: int) -> None:
     """As kernels were compiled for; and buffers that a graph reads lie in pieces of their own."""
-    packed = pack([entry(n) for n in range(count)], count, CPU, slot=3)
+    packed = Staging(count, CPU).pack([entry(n) for n in range(count)], slot=3)
     assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == 1
     assert all(tensor.storage_offset() * tensor.itemsize % 16 == 0 and tensor.is_contiguous() for tensor in packed)
     assert all(close(read(packed, n), entry(n)) for n in range(count))
@@ -115,8 +126,9 @@ def test_a_buckets_buffers_are_views() -> None:
     buffers = make_buffers(4, CPU)
     first = buffers.first(2)
     assert [tensor.data_ptr() for tensor in first] == [tensor.data_ptr() for tensor in buffers]
-    buffers.fill([entry(n) for n in range(4)])
-    first.fill([entry(9)])
+    fill(buffers, [entry(n) for n in range(4)])
+    assert all(close(read(first, n), entry(n)) for n in range(2))
+    fill(first, [entry(9)])
     assert close(read(buffers, 0), entry(9))
     assert read(buffers, 1).position == -1
     assert close(read(buffers, 2), entry(2)), "a smaller bucket writes beyond itself"
@@ -128,7 +140,7 @@ def test_the_largest_values() -> None:
         row=255, token=2**31 - 1, position=2**31 - 2, temperature=1e30, top_k=2**31 - 1, top_p=1e-30, seed=2**63 - 1,
         end_ids=tuple(range(MAX_END_IDS)), banned_until=2**31 - 1, last_position=2**31 - 1,
     )  # fmt: skip
-    buffers.fill([largest])
+    fill(buffers, [largest])
     back = read(buffers, 0)
     assert (back.top_k, back.seed, back.end_ids, back.position) == largest[4:5] + largest[7:9] + largest[2:3]
     assert back.last_position == largest.last_position
