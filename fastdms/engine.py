@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import threading
-from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from fastdms.admission import Admission, row_of
 from fastdms.config import CHUNKS_AHEAD, dense_chunk, dense_tokens
-from fastdms.kv_report import RowUsage
+from fastdms.graphs import send
 from fastdms.ops import NOT_FINITE
 from fastdms.request import Request
-from fastdms.runner import STARVED, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
+from fastdms.runner import STARVED, FirstTokens, Flight, HistoryError, ModelRunner, PrefillPiece, fill_chunk
 from fastdms.under_way import UnderWay
 
 __all__ = ["Engine"]
 
 
-class Engine:
+class Engine(Admission):
     """Admits, prefills, decodes, preempts and finishes requests; one ``step`` at a time, by whoever waits for one.
 
-    Admission counts pages that a prompt is expected to keep, with one page per span in reserve for every row that
-    runs; a request that finds nothing running is always let in. A row that finds no page is released, and its
-    request waits to be recomputed; its tokens come out the same, since they hang on seed, position and the text so far
-    (with bf16 or fp8 KV up to rounding: a chunk sees its own keys unrounded). So does every row when a step is broken
-    off by an exception, for its spans may be half written.
+    A row that finds no page is released, and its request waits to be recomputed; its tokens come out the same, since
+    they hang on seed, position and the text so far (with bf16 or fp8 KV up to rounding: a chunk sees its own keys
+    unrounded). So does every row when a step is broken off by an exception, for its spans may be half written.
 
     Threads may share an engine: what touches rows or the cache happens inside ``alone``, and whoever steps carries all
     requests on.
 
-    run_ahead: start a decode step before the tokens of the last one are read, while no row joins, and prefill chunks
-    before that, too, and before it is known whether the last found pages. A row that an end id or its length ended does
-    nothing in the step ahead; what one did that ended otherwise is dropped with its pages.
+    run_ahead: start a decode step before the tokens that it feeds are read, those of the step before or the first ones
+    of prompts, and prefill chunks before that, too, and before it is known whether the last found pages. A row that an
+    end id or its length ended does nothing in the step ahead; what one did that ended otherwise is dropped with its
+    pages.
     """
 
     def __init__(self, runner: ModelRunner, *, prefill_chunk: int, run_ahead: bool) -> None:
-        self.runner = runner
-        self.cache = runner.cache
+        super().__init__(runner)
         self._lock = threading.RLock()
         self._depth = 0  # of ``alone`` in the thread that holds the lock
         self._closed = False
@@ -46,16 +44,6 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         self._run_ahead = run_ahead
         self._under_way: UnderWay | None = None
-        self._taken_rows: set[int] = set()
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
-        self._live_share = 1.0  # of tokens past the window, as last measured
-        self._to_learn: tuple[RowUsage, int] | None = None  # what a row that left had kept, and of how many tokens
-
-    @property
-    def running(self) -> list[Request]:
-        """Requests that hold a row."""
-        return list(self._running)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -165,24 +153,16 @@ class Engine:
             self._land()
             self._admit()
         if prefilling := self._prefilling():
-            self._prefill(prefilling)
-        self._land()
-        decoding = [request for request in self._running if request.prefilled and request.output_ids]
-        if decoding:
+            self._prefill(prefilling, then_decode=self._run_ahead)
+        if self._under_way is None and (decoding := self._decoding()):
             self._decode(decoding)
 
     def _prefill_all(self) -> None:
         self._land()
         self._admit()
         while prefilling := self._prefilling():
-            self._prefill(prefilling)
+            self._prefill(prefilling, then_decode=False)
             self._admit()  # by what the last have kept, more may fit than it seemed
-
-    def _prefilling(self) -> list[Request]:
-        return [request for request in self._running if not request.prefilled]
-
-    def _queue(self, request: Request) -> None:
-        insort(self._waiting, request, key=lambda waiting: waiting.arrival)
 
     def _try_to_drop(self) -> None:
         if self._lock.acquire(blocking=False):
@@ -209,52 +189,6 @@ class Engine:
                 self._leave(request)
             self._cancelled.remove(request)  # not before: it may be broken off
 
-    def _free_rows(self) -> list[int]:
-        used = self._taken_rows | {request.row for request in self._running}
-        return [row for row in range(self.cache.config.num_rows) if row not in used]
-
-    def _could_admit(self) -> bool:
-        return bool(self._waiting and self._free_rows())
-
-    def _admit(self) -> None:
-        while self._waiting and (free := self._free_rows()):
-            self._read_live_share()
-            request = self._waiting[0]
-            request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
-            if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
-                return
-            if request.penalties is not None:
-                self.runner.count(free[0], request.prompt_ids, request.output_ids)
-            request.row, request.computed = free[0], 0
-            self._running.append(request)
-            self._waiting.pop(0)
-
-    def _pages_for(self, num_tokens: int) -> int:
-        config = self.cache.config
-        recent = min(num_tokens, config.window_tokens + 1)
-        kept = recent + self._live_share * (num_tokens - recent)
-        return config.num_spans * -(-int(kept + 1) // config.page_size)
-
-    def _with_reserve(self, pages: int) -> int:
-        """One page more for each span, up to what a row can hold at most."""
-        config = self.cache.config
-        return min(pages + config.num_spans, config.num_spans * config.max_pages)
-
-    def _pages_to_spare(self) -> int:
-        """Free pages, less what prompts under way will still take and the reserve of each row."""
-        held = self._pages_held()
-        spare = int(self.cache.num_free)
-        for request in self._running:
-            now = held[_row(request)]
-            spare -= self._with_reserve(now if request.prefilled else max(now, request.expected_pages)) - now
-        return spare
-
-    def _pages_held(self) -> list[int]:
-        """Pages of each row."""
-        pages = -(-self.cache.live_len // self.cache.config.page_size)
-        counts: list[int] = pages.sum((0, 2)).tolist()
-        return counts
-
     @property
     def _dense_chunk(self) -> int:
         return dense_chunk(self._prefill_chunk) if self._run_ahead else self._prefill_chunk
@@ -266,7 +200,7 @@ class Engine:
         if begin >= dense:
             dense = 0
         end = min(dense or len(ids), begin + (self._dense_chunk if dense else self._prefill_chunk))
-        return PrefillPiece(row=_row(request), token_ids=ids[begin:end], start=begin, dense_tokens=dense)
+        return PrefillPiece(row=row_of(request), token_ids=ids[begin:end], start=begin, dense_tokens=dense)
 
     def _start_chunks(self, requests: Sequence[Request]) -> torch.Tensor | None:
         """The last one's logits ``[n, V]``, of the first n; None, and nothing is run, without memory for the first."""
@@ -285,7 +219,8 @@ class Engine:
                 break
         return logits
 
-    def _prefill(self, requests: Sequence[Request]) -> None:
+    def _prefill(self, requests: Sequence[Request], *, then_decode: bool) -> None:
+        """``then_decode``: a step of all that are ready behind the chunks, before what these gave is read."""
         before, alone = [request.computed for request in requests], len(self._running) == 1
         logits = self._start_chunks(requests)
         if logits is None:
@@ -293,23 +228,43 @@ class Engine:
             return
         results = [self.cache.starved]
         first = [(r, row) for r, row in zip(requests, logits, strict=False) if r.prefilled and not r.output_ids]
+        sampled = None
         if first:
             rows = torch.stack([row for _, row in first])
-            results.append(self.runner.sample(rows, [request.row_input() for request, _ in first]))
+            sampled = self.runner.sample(rows, [request.row_input() for request, _ in first])
+            results.append(sampled.tokens)
         self._land()  # not before: the device would wait for all this
-        read = torch.cat(results).tolist()  # one wait for both
+        sent = send(torch.cat(results))  # one wait for both
+        if then_decode:
+            self._decode_unread([request for request, _ in first], sampled)
+        read = sent.read()
         for request, computed in zip(requests, before, strict=True):
-            if request.computed > computed and read[_row(request)]:
+            if request.computed > computed and read[row_of(request)]:
                 lost, request.computed = request.computed - computed, computed
                 self._starve(request, alone, lost_tokens=lost)
         for (request, row), token in zip(first, read[len(results[0]) :], strict=True):
             if request.row is not None:  # else it found no page
                 self._accept(request, token, row)
 
+    def _decoding(self) -> list[Request]:
+        return [request for request in self._running if request.prefilled and request.output_ids]
+
     def _decode(self, requests: Sequence[Request]) -> None:
         self._under_way = UnderWay(self.runner.decode([request.row_input() for request in requests]), list(requests))
         if not self._run_ahead or any(request.logprobs is not None for request in requests):
             self._land()
+
+    def _decode_unread(self, first: Sequence[Request], sampled: FirstTokens | None) -> None:
+        """A step also of ``first``, whose first tokens have been sampled, unless their ends would leave nobody in it or
+        logits are to be read."""
+        decoding = self._decoding()
+        requests = [*decoding, *first]
+        if any(request.logprobs is not None for request in requests):
+            return
+        if decoding or any(request.max_tokens > 1 for request in first):
+            inputs = [request.row_input() for request in requests]
+            inputs[len(decoding) :] = [row._replace(position=row.position + 1) for row in inputs[len(decoding) :]]
+            self._under_way = UnderWay(self.runner.decode(inputs, sampled), list(requests))
 
     def _goes_on(self) -> bool:
         """Whether the next step can start with what the one under way leaves, and nobody could join it."""
@@ -351,7 +306,7 @@ class Engine:
     def _starve(self, request: Request, alone: bool, lost_tokens: int) -> None:
         """No page was left for this row: wait for others to finish, or end if there are none."""
         # Growing each time, so that requests which starve each other are let in together only so often.
-        held = self._pages_held()[_row(request)]
+        held = self._pages_held()[row_of(request)]
         request.expected_pages = max(request.expected_pages, held) + self.cache.config.num_spans
         self._leave(request, lost_tokens)
         if not alone:
@@ -367,31 +322,14 @@ class Engine:
     def _leave(self, request: Request, lost_tokens: int = 0, broken_off: bool = False) -> None:
         """``lost_tokens``: of a step that found no page; the spans that had room for them hold them all the same.
         ``broken_off``: in the middle of a step."""
-        row = _row(request)
+        row = row_of(request)
         if self._under_way is not None and self._under_way.forget(request):
             lost_tokens = max(lost_tokens, 1)  # the step ahead stored one more, unless there was no page already
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
         if not broken_off and lost_tokens <= self._prefill_chunk:  # of several chunks some may have been stored
             self._learn(request)
+            if self._under_way is None:
+                self._read_live_share()
         self.runner.release([row])
         self._running.remove(request)
         request.row, request.computed = None, 0
-
-    def _learn(self, request: Request) -> None:
-        # Without tokens that found no page: some spans lack them, and too small a share would let too many rows in.
-        if request.usage is not None and request.computed > 2 * (self.cache.config.window_tokens + 1):
-            self._to_learn = request.usage, request.computed
-        if self._under_way is None:  # else reading it would wait for the step under way
-            self._read_live_share()
-
-    def _read_live_share(self) -> None:
-        if self._to_learn is not None:
-            (usage, computed), self._to_learn = self._to_learn, None
-            window = self.cache.config.window_tokens + 1
-            kept = float(usage.live_tokens.mean()) - window
-            self._live_share = min(1.0, max(0.0, kept / (computed - window)))
-
-
-def _row(request: Request) -> int:
-    assert request.row is not None, "the request holds no row"
-    return request.row

@@ -27,7 +27,7 @@ from fastdms.graphs import (
 )
 from fastdms.ops import dense_kernel, sample
 
-__all__ = ["STARVED", "Flight", "HistoryError", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
+__all__ = ["STARVED", "FirstTokens", "Flight", "HistoryError", "ModelRunner", "PrefillPiece", "fill_chunk", "inference"]
 
 STARVED = -1  # in place of a token, beside NOT_FINITE: the row found no page in this step or an earlier one
 
@@ -63,6 +63,22 @@ class Flight:
     def land(self) -> list[int]:
         """Wait for the sampled tokens; ``STARVED`` or ``NOT_FINITE`` where there is none."""
         return self._tokens.read()
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokens:
+    """What prompts are followed by: tokens ``[n]`` int64, or ``NOT_FINITE``, and ``[n]`` bool, whether an end id."""
+
+    tokens: torch.Tensor
+    ends: torch.Tensor
+
+    def enter(self, inputs: StepBuffers) -> None:
+        """As the tokens of the last entries; those that have come to an end become padding."""
+        begin = len(inputs.tokens) - len(self.tokens)
+        positions = inputs.positions[begin:]
+        ended = self.ends | (self.tokens < 0) | (positions >= inputs.last_positions[begin:])
+        inputs.tokens[begin:].copy_(self.tokens.clamp_min(0))
+        positions.copy_(torch.where(ended, -1, positions))
 
 
 class HistoryError(ValueError):
@@ -175,8 +191,11 @@ class ModelRunner:
             return None
         return dense_kernel(decoder.embed.dtype, decoder.config.head_dim, self.device)
 
-    def decode(self, inputs: Sequence[RowInput] | None) -> Flight:
+    def decode(self, inputs: Sequence[RowInput] | None, first: FirstTokens | None = None) -> Flight:
         """Start a step that feeds one token for each of ``inputs`` and samples the next.
+
+        first: the tokens of the last ones, which the host need not know yet; of those that end with these nothing is
+        stored.
 
         None: for the rows of the last step, each fed what it sampled, which the host need not know yet; those that an
         end id or their length ended, or that gave no token, store nothing more.
@@ -184,13 +203,16 @@ class ModelRunner:
         with inference(self.device):
             slot = self.graphs.slot
             self._ring.free(slot)
-            _, logits = self.graphs.run_on() if inputs is None else self.graphs.run(inputs)
+            if inputs is None:
+                _, logits = self.graphs.run_on()
+            else:
+                _, logits = self.graphs.run(inputs, None if first is None else first.enter)
             return Flight(self._ring.send(slot, len(logits)), logits)
 
-    def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> torch.Tensor:
-        """Next tokens ``[n]`` int64, or ``NOT_FINITE``, from logits ``[n, V]`` that a prefill gave; counts them too."""
+    def sample(self, logits: torch.Tensor, inputs: Sequence[RowInput]) -> FirstTokens:
+        """Next tokens from logits ``[n, V]`` that a prefill gave; counts them too."""
         with inference(self.device):
-            return _sample(logits, self._staging.pack(inputs).first(len(inputs)), self.cache.counts)[0]
+            return FirstTokens(*_sample(logits, self._staging.pack(inputs).first(len(inputs)), self.cache.counts))
 
     def count(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Say what the request of ``row`` has seen before it decodes, for its penalties; steps count on from there."""

@@ -7,7 +7,7 @@ from fastdms.graphs.cache import MODES, GraphCache, check_mode
 from fastdms.graphs.chunk_graphs import RowChunk, ragged_chunk
 from fastdms.graphs.compiler import Step, StepOutput
 from fastdms.graphs.key import GraphKey, fingerprint
-from fastdms.graphs.ring import RING_SLOTS, Sent, TokenRing
+from fastdms.graphs.ring import RING_SLOTS, Sent, TokenRing, send
 
 __all__ = [
     "ARTIFACTS",
@@ -30,4 +30,5 @@ __all__ = [
     "fingerprint",
     "make_buffers",
     "ragged_chunk",
+    "send",
 ]

@@ -134,11 +134,16 @@ class GraphCache:
                 self._make_entry(bucket)
         self._compiles_at_start = self._backend.compiles
 
-    def run(self, inputs: Sequence[RowInput]) -> StepOutput:
-        """One step for ``inputs``: tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next run."""
+    def run(self, inputs: Sequence[RowInput], amend: Callable[[StepBuffers], None] | None = None) -> StepOutput:
+        """One step for ``inputs``: tokens ``[n]`` int64 and logits ``[n, V]`` fp32, valid until the next run.
+
+        amend: may change the entries of ``inputs`` in place, by what the host does not know yet.
+        """
         bucket = self._buckets[self.bucket(len(inputs))]
         entry = self._entry(bucket)
         self._fill(bucket, inputs)
+        if amend is not None:
+            amend(bucket.inputs.first(len(inputs)))
         return self._run(bucket, entry)
 
     def run_on(self) -> StepOutput:

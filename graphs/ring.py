@@ -6,13 +6,13 @@ import functools
 
 import torch
 
-__all__ = ["RING_SLOTS", "Sent", "TokenRing"]
+__all__ = ["RING_SLOTS", "Sent", "TokenRing", "send"]
 
 RING_SLOTS = 4  # an engine has two steps under way at most
 
 
 class Sent:
-    """A step's tokens, on their way to the host."""
+    """Numbers, such as a step's tokens, on their way to the host."""
 
     def __init__(self, tokens: torch.Tensor, copied: torch.cuda.Event | None) -> None:
         self._tokens, self._copied = tokens, copied
@@ -25,6 +25,16 @@ class Sent:
                 self._copied.synchronize()
             self._ids = self._tokens.tolist()
         return self._ids
+
+
+def send(x: torch.Tensor) -> Sent:
+    """Start ``x``, of one dim, on its way to the host: what is launched after this may change it."""
+    if x.device.type != "cuda":
+        return Sent(x.clone(), None)
+    on_host, copied = torch.empty_like(x, device="cpu", pin_memory=True), torch.cuda.Event()
+    on_host.copy_(x, non_blocking=True)
+    copied.record()
+    return Sent(on_host, copied)
 
 
 class TokenRing:

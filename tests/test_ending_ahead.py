@@ -13,7 +13,7 @@ import fastdms
 from fastdms.graphs import RowInput
 from fastdms.kv_report import RowUsage
 from fastdms.request import Request
-from fastdms.runner import Flight, PrefillPiece
+from fastdms.runner import FirstTokens, Flight, PrefillPiece
 from fastdms.sampling_params import SamplingParams
 from tests.models import tiny_tokens
 from tests.running import Watch, check_idle, compiled, drain, engine_of, one, submit
@@ -138,9 +138,9 @@ def test_length_ends_rows_one_by_one(weights, monkeypatch, stop: bool) -> None:
         runner = engine_of(model).runner
         decode, accept = runner.decode, Request.accept
 
-        def started(inputs: list[RowInput] | None) -> Flight:
+        def started(inputs: list[RowInput] | None, first: FirstTokens | None = None) -> Flight:
             events.append("start")
-            return decode(inputs)
+            return decode(inputs, first)
 
         def accepted(request: Request, *args: object) -> None:
             accept(request, *args)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import fastdms
+from fastdms.graphs import RowInput
+from fastdms.runner import FirstTokens
 from tests.models import save_checkpoint, tiny_model, tiny_tokens
 from tests.running import check_idle, compiled, engine_of, one
 from tests.tiny_tokenizers import CHATML, sentencepiece
@@ -77,7 +80,12 @@ def test_an_answer_does_not_begin_with_the_space_of_a_continuation() -> None:
     fixed: dict[str, Any] = {"temperature": 0, "max_tokens": 2, "ignore_eos": True}
     runner = engine_of(model).runner
     sample = runner.sample
-    runner.sample = lambda logits, inputs: torch.full_like(sample(logits, inputs), word)  # type: ignore[method-assign]
+
+    def sampled(logits: torch.Tensor, inputs: Sequence[RowInput]) -> FirstTokens:
+        given = sample(logits, inputs)
+        return FirstTokens(torch.full_like(given.tokens, word), given.ends)
+
+    runner.sample = sampled  # type: ignore[method-assign]
     answers = [
         model.chat(chat, **fixed).text,
         one(model(chat, **fixed)).text,

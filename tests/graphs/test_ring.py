@@ -11,7 +11,7 @@ import torch
 
 import fastdms
 from fastdms.graphs import RING_SLOTS, GraphCache, RowInput, StepBuffers, StepOutput
-from fastdms.runner import Flight, PrefillPiece
+from fastdms.runner import FirstTokens, Flight, PrefillPiece
 from tests.graphs.toys import FakeRecorder, rows
 from tests.models import dms_config, tiny_model, tiny_tokens
 from tests.running import check_idle, compiled, engine_of
@@ -87,9 +87,9 @@ def test_steps_leave_their_tokens_slot_by_slot() -> None:
         decode, run = runner.decode, runner.graphs._run
         runner.graphs._run = lambda *args: ran.append(run(*args)) or ran[-1]  # type: ignore[method-assign,func-returns-value]
 
-        def seen(inputs: Sequence[RowInput] | None) -> Flight:
+        def seen(inputs: Sequence[RowInput] | None, first: FirstTokens | None = None) -> Flight:
             slots.append(runner.graphs.slot)
-            flight = decode(inputs)
+            flight = decode(inputs, first)
             assert ran[-1][0].tolist() == flight.land()
             return flight
 
