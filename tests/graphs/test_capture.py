@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from fastdms.cache import CompactCache
 from fastdms.graphs import GraphCache
 from fastdms.ops import MOST_ROWS
 from fastdms.request import Request
-from fastdms.runner import ModelRunner, PrefillPiece, _state, inference
+from fastdms.runner import ModelRunner, _state, inference
 from fastdms.sampling_params import SamplingParams
 from tests.graphs.generated import allocations, inputs_of_shape, uses
 from tests.models import VOCAB_SIZE, dms_config, tiny_model, tiny_tokens
@@ -203,23 +202,28 @@ def test_rows_that_end_by_length_make_no_step_wait() -> None:
 
 
 @pytest.mark.parametrize("rule", [MASKED, "off"], ids=["masked", "off"])
-def test_a_chunk_is_started_without_a_wait(monkeypatch, rule: Any) -> None:
-    """By graphs, or densely: a step may be under way that it stands behind."""
+@pytest.mark.parametrize("call", ["prefill", "sample", "decode"])
+def test_chunks_and_what_stands_behind_them_start_without_a_wait(monkeypatch, call: str, rule: Any) -> None:
+    """By graphs, or densely: a step may be under way that a chunk stands behind, and the next step behind that."""
     with graphed(dms=rule, prefill_chunk=64) as model:
         expected = many(model(PROMPTS, replace(GREEDY, max_tokens=5)))
-        runner = engine_of(model).runner
-        prefill = runner.prefill
+        runner, called = engine_of(model).runner, []
+        original = getattr(runner, call)
 
-        def unwaited(pieces: Sequence[PrefillPiece]) -> torch.Tensor:
+        def unwaited(*args: Any) -> Any:
+            called.append(args)
             torch.cuda.set_sync_debug_mode("error")
             try:
-                return prefill(pieces)
+                return original(*args)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        monkeypatch.setattr(runner, "prefill", unwaited)
+        monkeypatch.setattr(runner, call, unwaited)
         done = many(model(PROMPTS, replace(GREEDY, max_tokens=5)))
         assert [answer.token_ids for answer in done] == [answer.token_ids for answer in expected]
+        assert called
+        if call == "decode":
+            assert any(len(args) > 1 and args[1] is not None for args in called), "fed with tokens that nobody has read"
 
 
 def _allocations() -> tuple[int, int]:
