@@ -26,9 +26,10 @@ class RowUsage:
     @property
     def live_tokens(self) -> npt.NDArray[np.int64]:
         """int64 ``[L, Hkv]``; asking for them first waits for the device."""
-        if isinstance(self._live_tokens, torch.Tensor):
-            self._live_tokens = self._live_tokens.cpu().numpy().astype(np.int64)
-        return self._live_tokens
+        live = self._live_tokens  # looked at once: other threads may ask, too
+        if isinstance(live, torch.Tensor):
+            live = self._live_tokens = live.cpu().numpy().astype(np.int64)
+        return live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 
 from fastdms import options
 from fastdms.cache import CompactCache
-from fastdms.kv_report import KVReport
+from fastdms.kv_report import KVReport, RowUsage
 from fastdms.options import resolve_cache, resolve_options
 from fastdms.sampling_params import SamplingParams
 from fastdms.tools.shapes import SHAPES
@@ -144,6 +144,22 @@ def test_the_chunk_that_found_no_page_counts(weights, chunk: int, computed: int)
         assert 0 < report.live_share < 1
         check_arithmetic(report, engine.cache)
         assert engine._live_share == (1.0 if computed else 0.25), "a span that lacks a chunk evicts nothing"
+
+
+def test_two_threads_ask_at_once_what_a_row_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finds it on the device, and has it on the host by the time that the other has looked where it is."""
+    usage = RowUsage(num_tokens=9, live_tokens=torch.full(SPANS, 7, dtype=torch.int32))
+
+    def look(usage: RowUsage) -> Any:
+        found = vars(usage)["_live_tokens"]
+        vars(usage)["_live_tokens"] = numpy.full(SPANS, 7)
+        return found
+
+    def put(usage: RowUsage, value: Any) -> None:
+        vars(usage)["_live_tokens"] = value
+
+    monkeypatch.setattr(RowUsage, "_live_tokens", property(look, put), raising=False)
+    assert (usage.live_tokens == 7).all()
 
 
 def test_a_call_that_is_broken_off_is_not_reported(weights, monkeypatch) -> None:
