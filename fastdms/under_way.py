@@ -17,7 +17,7 @@ class UnderWay:
     """A decode step whose tokens are not read yet.
 
     requests: of its entries; None for one that has left since.
-    stale: one left without the steps' knowing, so that its entry would go on.
+    stale: one left that no step knows to have ended, so that its entry might go on.
     """
 
     flight: Flight
@@ -25,7 +25,7 @@ class UnderWay:
     stale: bool = False
 
     def forget(self, request: Request) -> bool:
-        """Take out a request that leaves; whether the step has it store a token all the same."""
+        """Take out a request that leaves; whether the step has it store a token all the same, if there is a page."""
         if request not in self.requests:
             return False
         self.requests[self.requests.index(request)] = None

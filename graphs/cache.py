@@ -240,6 +240,7 @@ class GraphCache:
     def _run(self, bucket: _Bucket, entry: _Entry) -> StepOutput:
         if self._debug:
             self._check_addresses(f"bucket {bucket.key.bucket}", bucket.inputs, entry.addresses)
+        assert self._filled is bucket
         self._filled = None  # should the step break off
         tokens, logits = entry.run()
         self._filled = bucket

@@ -196,3 +196,14 @@ def test_a_closed_cache_says_so() -> None:
         graphs.run(rows(1))
     assert graphs.stats()["runs"] == {1: 1, 2: 0, 4: 0}
     assert graphs.stats()["bytes"] == {}
+
+
+def test_no_step_goes_on_after_its_graph_was_made_anew() -> None:
+    """That has filled the buffers with padding."""
+    graphs = recorded(FakeRecorder())
+    graphs.run(rows(2))
+    graphs._entries.clear()
+    with pytest.raises(AssertionError):
+        graphs.run_on()
+    assert graphs.run(rows(2, token=7))[0].tolist() == [7, 9]
+    assert len(graphs.run_on()[0]) == 2
