@@ -172,7 +172,8 @@ def test_chunks_start_before_a_step_is_read(weights, monkeypatch, rule: str) -> 
         requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=most)) for n, most in ((2, 30), (4, 4))]
         engine.step()
         requests.append(submit(model, LONG, GREEDY))
-        calls = Calls(model, monkeypatch)
+        calls, accepted, accept = Calls(model, monkeypatch), list[Request](), Request.accept
+        monkeypatch.setattr(Request, "accept", lambda *given: accepted.append(given[0]) or accept(*given))  # type: ignore[func-returns-value]
         turns = []
         while not requests[2].output_ids:
             calls.events.clear()
@@ -185,6 +186,7 @@ def test_chunks_start_before_a_step_is_read(weights, monkeypatch, rule: str) -> 
             [*chunks, "land", "release", "start"],
             ["prefill", "sample", "land", "start"],
         ]
+        assert accepted[-2:] == [requests[0], requests[2]], "the step was read only after the chunk had been waited for"
         drain(model, requests)
         check_idle(model)
     assert [request.output_ids for request in requests] == [expected[0], expected[1][:4], expected[2]]
