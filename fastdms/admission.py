@@ -21,6 +21,7 @@ class Admission:
         self._taken_rows: set[int] = set()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
+        self._refused: Request | None = None  # who is next, as long as no pages have come back since it was looked at
         self._live_share = 1.0  # of tokens past the window, as last measured
         self._to_learn: tuple[RowUsage, int] | None = None  # what a row that left had kept, and of how many tokens
 
@@ -40,7 +41,7 @@ class Admission:
         return [row for row in range(self.cache.config.num_rows) if row not in used]
 
     def _could_admit(self) -> bool:
-        return bool(self._waiting and self._free_rows())
+        return bool(self._waiting and self._free_rows()) and self._waiting[0] is not self._refused
 
     def _admit(self) -> None:
         while self._waiting and (free := self._free_rows()):
@@ -48,6 +49,7 @@ class Admission:
             request = self._waiting[0]
             request.expected_pages = max(request.expected_pages, self._pages_for(len(request.to_compute)))
             if self._running and self._with_reserve(request.expected_pages) > self._pages_to_spare():
+                self._refused = request
                 return
             if request.penalties is not None:
                 self.runner.count(free[0], request.prompt_ids, request.output_ids)

@@ -117,6 +117,7 @@ class Engine(Admission):
                 self.runner.release(rows)
             finally:
                 self._taken_rows.difference_update(rows)
+                self._refused = None
 
     def step(self) -> None:
         """Admit what fits, run a prefill chunk, or a few when running ahead, then a decode step of what is ready."""
@@ -222,6 +223,7 @@ class Engine(Admission):
     def _prefill(self, requests: Sequence[Request], *, then_decode: bool) -> None:
         """``then_decode``: a step of all that are ready behind the chunks, before what these gave is read."""
         before, alone = [request.computed for request in requests], len(self._running) == 1
+        self._refused = None  # prompts may keep less than was expected
         logits = self._start_chunks(requests)
         if logits is None:
             self._leave(requests[0])
@@ -331,5 +333,6 @@ class Engine(Admission):
             if self._under_way is None:
                 self._read_live_share()
         self.runner.release([row])
+        self._refused = None
         self._running.remove(request)
         request.row, request.computed = None, 0

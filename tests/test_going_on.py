@@ -19,7 +19,7 @@ from fastdms.engine import Engine
 from fastdms.graphs import RowInput, send
 from fastdms.ops import NOT_FINITE
 from fastdms.request import Request
-from fastdms.runner import FirstTokens, Flight
+from fastdms.runner import FirstTokens, Flight, PrefillPiece
 from fastdms.sampling_params import SamplingParams
 from tests.models import dms_config, tiny_tokens
 from tests.running import Watch, check_idle, compiled, drain, engine_of, many, one, submit
@@ -158,6 +158,53 @@ def test_a_row_that_has_ended_is_another_ones_at_once(weights, alone, monkeypatc
         check_idle(model)
     assert late.output_ids == expected
     assert [request.output_ids for request in first[1:]] == [done.token_ids for done in alone[1:7]]
+
+
+def test_steps_go_on_while_somebody_waits_for_pages(weights, alone, monkeypatch) -> None:
+    """Although a row is free: nobody is looked at twice before pages may have come back."""
+    with compiled(weights, dms="off", max_concurrency=3, pages=20) as model:
+        Watch(model)
+        engine = engine_of(model)
+        engine._run_ahead = True
+        requests = [
+            submit(model, PROMPTS[n], replace(GREEDY, max_tokens=most)) for n, most in ((0, 30), (3, 9), (1, 30))
+        ]
+        calls = Calls(model, monkeypatch)
+        looks: list[int] = []
+        spare = engine._pages_to_spare
+
+        def looked() -> int:
+            looks.append(len(calls.starts))
+            return spare()
+
+        monkeypatch.setattr(engine, "_pages_to_spare", looked)
+        engine.step()
+        assert [request.row is None for request in requests] == [False, False, True]
+        drain(model, requests)
+        check_idle(model)
+    assert looks == [0, 0, 1, 9], "for each prompt, once more when it is known what these kept, and when one has left"
+    assert calls.starts[:10] == [2, 2, *[0] * 7, 2]
+    assert [request.output_ids for request in requests] == [
+        alone[n].token_ids[:most] for n, most in ((0, 30), (3, 9), (1, 30))
+    ]
+
+
+def test_who_waits_for_pages_gets_those_of_rows_that_are_returned(weights, alone) -> None:
+    with compiled(weights, dms="off", max_concurrency=3, pages=20) as model:
+        engine = engine_of(model)
+        engine._run_ahead = True
+        (taken,) = engine.take_rows(1)
+        engine.runner.prefill([PrefillPiece(row=taken, token_ids=LONG[:100], start=0)])
+        requests = [submit(model, PROMPTS[n], GREEDY) for n in (0, 1)]
+        for _ in range(3):
+            engine.step()
+        assert [request.row is None for request in requests] == [False, True]
+        engine.return_rows([taken])
+        engine.step()
+        assert requests[1].row is not None
+        drain(model, requests)
+        check_idle(model)
+    assert [request.output_ids for request in requests] == [done.token_ids for done in alone[:2]]
 
 
 @pytest.mark.parametrize("rule", ["off", "masked"])
