@@ -21,6 +21,9 @@ _MOST_COUNTED = tl.constexpr(MOST_COUNTED)
 _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 _NOT_FINITE = tl.constexpr(NOT_FINITE)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+_EXPONENT_BITS = tl.constexpr(1 << 23)  # from one power of two to the next
+_FIRST_BITS = tl.constexpr(117 << 23)  # of 2^-10
+_SUM_ERROR = tl.constexpr(2.0**-17)  # no sum of some twenty roundings is off by this part of all of them
 
 
 @triton.jit
@@ -108,19 +111,33 @@ def _smallest_within(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Smallest bit pattern whose tokens reach ``wanted``: non-negative floats are ordered as their bits are."""
+    """A bit pattern up to which there are the same tokens as up to the smallest whose tokens reach ``wanted``:
+    non-negative floats are ordered as their bits are. The search ends where no more than one token is left to it."""
     o_w = tl.arange(0, WAYS)
     low = limit * 0
     high = limit
+    below = wanted * 0.0  # what the tokens below low make
+    # First by exponents: most searches end between 2^-9 and 2^6.
+    base = low + _FIRST_BITS
+    step = low + _EXPONENT_BITS
     while low < high:
-        step = (high - low) // WAYS + 1
         sums, meetings = _sums_within(
-            scratch_ptr, sums_ptr, meeting_ptr, meetings, low, step, limit, first_part, part_size, vocab, COUNT,
+            scratch_ptr, sums_ptr, meeting_ptr, meetings, base, step, limit, first_part, part_size, vocab, COUNT,
             PROGRAMS, BLOCK,
         )  # fmt: skip
-        way = tl.min(tl.where((sums >= wanted) | (low + (o_w + 1) * step > high), o_w, WAYS), 0)
-        low += way * step
-        high = tl.minimum(low + step - 1, high)
+        way = tl.min(tl.where((sums >= wanted) | (base + (o_w + 1) * step > high), o_w, WAYS), 0)
+        reached = tl.sum(tl.where(o_w == way, sums, 0.0), 0)
+        below = tl.where(way > 0, tl.sum(tl.where(o_w == way - 1, sums, 0.0), 0), below)
+        low = tl.where(way > 0, base + way * step, low)
+        high = tl.where(way < WAYS, tl.minimum(base + (way + 1) * step - 1, high), high)
+        if COUNT:
+            is_decided = (reached - below <= 1.0) | (reached == wanted)
+        else:
+            two = 2.0 * tl.exp(-high.to(tl.float32, bitcast=True))  # tokens make this at least
+            is_decided = reached - below + tl.max(sums, 0) * _SUM_ERROR < two
+        low = tl.where(is_decided & (way < WAYS), high, low)
+        base = low
+        step = (high - low) // WAYS + 1
     return high, meetings
 
 
