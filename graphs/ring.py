@@ -33,7 +33,7 @@ def send(x: torch.Tensor) -> Sent:
         return Sent(x.clone(), None)
     on_host, copied = torch.empty_like(x, device="cpu", pin_memory=True), torch.cuda.Event()
     on_host.copy_(x, non_blocking=True)
-    copied.record()
+    copied.record(torch.cuda.current_stream(x.device))  # the caller may be on another device
     return Sent(on_host, copied)
 
 

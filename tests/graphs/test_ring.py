@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import fastdms
-from fastdms.graphs import RING_SLOTS, GraphCache, RowInput, StepBuffers, StepOutput
+from fastdms.graphs import RING_SLOTS, GraphCache, RowInput, StepBuffers, StepOutput, send
 from fastdms.runner import FirstTokens, Flight, PrefillPiece
 from tests.graphs.toys import FakeRecorder, rows
 from tests.models import dms_config, tiny_model, tiny_tokens
@@ -51,6 +52,21 @@ def test_runs_take_the_slots_in_turn(mode: str, limit: int | None, monkeypatch: 
             taken.append(slot)
             runs += 1
     assert taken == [n % RING_SLOTS for n in range(runs)]
+
+
+def test_what_is_sent_from_another_device_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may be on any: the event stands behind the copy, in the stream of the numbers' own device."""
+    told: list[Any] = []
+    on_host = types.SimpleNamespace(copy_=lambda x, **how: told.append(("copy", x, how)), tolist=lambda: [3])
+    event = types.SimpleNamespace(
+        record=lambda stream=None: told.append(("record", stream)), synchronize=lambda: told.append("wait")
+    )
+    monkeypatch.setattr(torch, "empty_like", lambda x, **how: on_host)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    x: Any = types.SimpleNamespace(device=torch.device("cuda:1"))
+    assert send(x).read() == [3]
+    assert told == [("copy", x, {"non_blocking": True}), ("record", ("stream of", x.device)), "wait"]
 
 
 def landed(model: fastdms.CompiledModel, under_way: int, *, repeats: int = 1, late: bool = False) -> list[list[int]]:
