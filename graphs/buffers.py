@@ -97,15 +97,16 @@ class Staging:
                 )
             )
 
-        self._num_entries = num_entries
+        self._num_written = num_entries  # of the host's entries, the first that may be anything but padding
         self._host = torch.zeros(size, dtype=torch.uint8, device="cpu")
         self._columns = [column.numpy() for column in columns(self._host)]
+        self._slots = columns(self._host).slots.numpy()
         self._placed = torch.zeros_like(self._host, device=device)
         self.placed = columns(self._placed)
 
     def pack(self, inputs: Sequence[RowInput], slot: int = 0) -> StepBuffers:
         """``inputs`` and padding after them (position -1), on the device, until the next call."""
-        entries = [*inputs, *[_PADDING] * (self._num_entries - len(inputs))]
+        entries = [*inputs, *[_PADDING] * (self._num_written - len(inputs))] or [_PADDING]
         columns = (
             [entry.token for entry in entries],
             [entry.position for entry in entries],
@@ -122,7 +123,10 @@ class Staging:
             [-1 if entry.penalties is None else entry.row for entry in entries],
             [entry.last_position for entry in entries],
         )
+        self._num_written = len(entries)  # should writing break off
         for column, values in zip(self._columns, columns, strict=True):
-            column[:] = values
+            column[: len(entries)] = values
+        self._slots[:] = slot  # of padding, too
+        self._num_written = len(inputs)
         self._placed.copy_(self._host, non_blocking=True)  # pageable, so that the host may go on and change it
         return self.placed

@@ -91,6 +91,27 @@ def test_fill_writes_every_field_and_pads_the_rest() -> None:
     assert [tensor.data_ptr() for tensor in buffers] == addresses, "a captured graph would read the old place"
 
 
+def test_what_is_padding_is_not_written_again() -> None:
+    """Filling for a row takes no longer where many have room; the slot alone is that of padding, too."""
+    staging = Staging(4, CPU)
+    staging.pack([entry(n) for n in range(3)])
+    positions = staging.pack([entry(1)], slot=1).positions
+    assert positions[1:].tolist() == [-1] * 3
+    staging._columns[StepBuffers._fields.index("positions")][3:] = 99
+    for count in (1, 2, 0, 0, 2):
+        packed = staging.pack([entry(n) for n in range(count)], slot=count)
+        assert packed.slots.tolist() == [count] * 4
+        assert packed.positions.tolist() == [entry(n).position for n in range(count)] + [-1] * (3 - count) + [99]
+
+
+def test_filling_that_breaks_off_leaves_no_row_behind() -> None:
+    staging = Staging(4, CPU)
+    staging.pack([])
+    with pytest.raises(OverflowError):
+        staging.pack([entry(1), entry(2), entry(3)._replace(last_position=2**31)])
+    assert staging.pack([entry(1)]).positions[1:].tolist() == [-1] * 3
+
+
 def test_filling_takes_one_copy_to_the_device_and_one_launch_there(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers, staging = make_buffers(3, CPU), Staging(3, CPU)
     to, placed = buffers.words(), staging.placed.words()
