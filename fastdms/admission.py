@@ -84,7 +84,7 @@ class Admission:
         return counts
 
     def _learn(self, request: Request) -> None:
-        """From a request that leaves, when its share is next read: that waits for the step under way."""
+        """From a request that leaves, when its share is next read: that waits for what is under way."""
         # Without tokens that found no page: some spans lack them, and too small a share would let too many rows in.
         if request.usage is not None and request.computed > 2 * (self.cache.config.window_tokens + 1):
             self._to_learn = request.usage, request.computed

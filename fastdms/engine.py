@@ -330,8 +330,6 @@ class Engine(Admission):
         request.usage = self.cache.usage(row, request.computed + lost_tokens)
         if not broken_off and lost_tokens <= self._prefill_chunk:  # of several chunks some may have been stored
             self._learn(request)
-            if self._under_way is None:
-                self._read_live_share()
         self.runner.release([row])
         self._refused = None
         self._running.remove(request)

@@ -143,6 +143,7 @@ def test_the_chunk_that_found_no_page_counts(weights, chunk: int, computed: int)
         assert report.live_tokens.min() == computed
         assert 0 < report.live_share < 1
         check_arithmetic(report, engine.cache)
+        engine._read_live_share()
         assert engine._live_share == (1.0 if computed else 0.25), "a span that lacks a chunk evicts nothing"
 
 
