@@ -223,11 +223,12 @@ class Engine(Admission):
     def _prefill(self, requests: Sequence[Request], *, then_decode: bool) -> None:
         """``then_decode``: a step of all that are ready behind the chunks, before what these gave is read."""
         before, alone = [request.computed for request in requests], len(self._running) == 1
-        self._refused = None  # prompts may keep less than was expected
         logits = self._start_chunks(requests)
         if logits is None:
             self._leave(requests[0])
             return
+        if any(request.prefilled for request in requests):
+            self._refused = None  # it may have kept less than was expected, which was set aside for it until now
         results = [self.cache.starved]
         first = [(r, row) for r, row in zip(requests, logits, strict=False) if r.prefilled and not r.output_ids]
         sampled = None

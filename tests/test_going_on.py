@@ -153,6 +153,31 @@ def test_steps_go_on_while_somebody_waits_for_pages(weights, alone, monkeypatch)
     ]
 
 
+def test_chunks_start_before_a_step_is_read_while_somebody_waits_for_pages(weights, alone, monkeypatch) -> None:
+    """What a prompt is expected to keep is set aside until its end, and no chunk before that leaves more to spare."""
+    with compiled(weights, dms="off", max_concurrency=3, pages=28, prefill_chunk=16) as model:
+        Watch(model)
+        engine = engine_of(model)
+        engine._run_ahead = True
+        requests = [submit(model, PROMPTS[2], GREEDY)]
+        engine.step()
+        requests += [submit(model, LONG, GREEDY), submit(model, PROMPTS[0], GREEDY)]
+        calls, turns = Calls(model, monkeypatch), []
+        while not requests[1].output_ids:
+            calls.events.clear()
+            engine.step()
+            turns.append(calls.events.copy())
+        assert turns == [
+            ["land", "prefill", "start"],
+            ["prefill", "land", "start"],
+            ["prefill", "land", "start"],
+            ["prefill", "sample", "land", "start"],
+        ]
+        drain(model, requests)
+        check_idle(model)
+    assert [request.output_ids for request in requests] == [alone[n].token_ids for n in (2, 8, 0)]
+
+
 def test_who_waits_for_pages_gets_those_of_rows_that_are_returned(weights, alone) -> None:
     with compiled(weights, dms="off", max_concurrency=3, pages=20) as model:
         engine = engine_of(model)
