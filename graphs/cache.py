@@ -181,7 +181,7 @@ class GraphCache:
         compiles, captures: in all; recompiles: compiles after the warm-up. hits, misses: runs that found their entry,
         or had to make it. evictions: entries dropped for the memory limit. pool_bytes: of the pool that all steps'
         graphs share. artifacts: see ``Artifacts.state``. chunks: ``ChunkGraphs.stats``, None without any. By bucket:
-        runs, padded_rows (without those that ended as steps went on), bucket_captures, seconds spent making entries,
+        runs, padded_rows (without those whose end only the device knew), bucket_captures, seconds spent making entries,
         and the bytes that each held entry keeps.
         Of these seconds were trace_seconds spent by dynamo, compile_seconds by the compiler behind it (or loading what
         it once made) and capture_seconds by capturing; what is left, by first runs, in which Triton compiles.
