@@ -116,7 +116,7 @@ def test_dense_chunks_that_find_no_page_or_are_cancelled_halfway(
         assert engine.runner._histories
         engine.cancel(gone)
         assert not engine.runner._histories
-        engine._live_share = 0.0  # it has told the engine better
+        engine._live_share, engine._to_learn = 0.0, None  # it has told the engine better
         drain(model, requests)
         check_idle(model)
         assert not engine.runner._histories
