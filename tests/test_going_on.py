@@ -178,6 +178,23 @@ def test_chunks_start_before_a_step_is_read_while_somebody_waits_for_pages(weigh
     assert [request.output_ids for request in requests] == [alone[n].token_ids for n in (2, 8, 0)]
 
 
+def test_who_waits_for_pages_gets_those_of_a_row_that_ends_though_steps_could_go_on(weights, alone) -> None:
+    """Three rows stay in the bucket of four."""
+    with compiled(weights, dms="off", max_concurrency=5, pages=36) as model:
+        engine = engine_of(model)
+        engine._run_ahead = True
+        numbers = (2, 4, 6, 7, 2)
+        requests = [submit(model, PROMPTS[n], replace(GREEDY, max_tokens=6 if n == 4 else 30)) for n in numbers]
+        drain(model, requests[1:2])
+        assert [request.row is None for request in requests] == [False, True, False, False, True]
+        engine.step()
+        assert requests[4].row is not None
+        drain(model, requests)
+        check_idle(model)
+    for request, n in zip(requests, numbers, strict=True):
+        assert request.output_ids == alone[n].token_ids[: len(request.output_ids)]
+
+
 def test_who_waits_for_pages_gets_those_of_rows_that_are_returned(weights, alone) -> None:
     with compiled(weights, dms="off", max_concurrency=3, pages=20) as model:
         engine = engine_of(model)
