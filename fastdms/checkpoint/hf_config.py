@@ -21,6 +21,7 @@ FAMILIES: dict[Family, str] = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MOST_LAYERS = 10_000  # far more than any has; a config class of transformers makes a list of as many
 _SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 _READ = (
     *_SIZES,
@@ -131,6 +132,8 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is missing")
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if values["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {_MOST_LAYERS:,}")
 
 
 def _standardised(family: Family, values: Mapping[str, Any]) -> Any:

@@ -240,6 +240,15 @@ def test_bias_flags_of_a_wrong_kind(key: str, value: Any) -> None:
         _parse("llama", **{key: value})
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("layers", [10_001, 10**12, 10**400])
+def test_more_layers_than_can_be_are_refused_at_once(family: str, layers: int) -> None:
+    """A config class makes a list of as many."""
+    with pytest.raises(ValueError, match="num_hidden_layers must be at most 10,000"):
+        _parse(family, sliding_window=None, num_hidden_layers=layers)
+    assert _parse(family, sliding_window=None, num_hidden_layers=10_000).num_layers == 10_000
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
