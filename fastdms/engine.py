@@ -266,7 +266,6 @@ class Engine(Admission):
             return
         if decoding or any(request.max_tokens > 1 for request in first):
             inputs = [request.row_input() for request in requests]
-            inputs[len(decoding) :] = [row._replace(position=row.position + 1) for row in inputs[len(decoding) :]]
             self._under_way = UnderWay(self.runner.decode(inputs, sampled), list(requests))
 
     def _goes_on(self) -> bool:

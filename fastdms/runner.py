@@ -73,12 +73,9 @@ class FirstTokens:
     ends: torch.Tensor
 
     def enter(self, inputs: StepBuffers) -> None:
-        """As the tokens of the last entries; those that have come to an end become padding."""
+        """Into the last entries, which were filled with the tokens before them."""
         begin = len(inputs.tokens) - len(self.tokens)
-        positions = inputs.positions[begin:]
-        ended = self.ends | (self.tokens < 0) | (positions >= inputs.last_positions[begin:])
-        inputs.tokens[begin:].copy_(self.tokens.clamp_min(0))
-        positions.copy_(torch.where(ended, -1, positions))
+        _go_on(StepBuffers(*(tensor[begin:] for tensor in inputs)), self.tokens, self.ends)
 
 
 class HistoryError(ValueError):
@@ -142,11 +139,7 @@ class ModelRunner:
             sampled, ends = _sample(logits, inputs, cache.counts)
             tokens = torch.where(starved, STARVED, sampled)
             ring.index_put_((inputs.slots, torch.arange(len(tokens), device=tokens.device)), tokens)
-            # What the same rows' next step begins with, if the host has nothing to say about it: rows that have come to
-            # an end are padding.
-            ended = ends | (tokens < 0) | (inputs.positions < 0) | (inputs.positions + 1 >= inputs.last_positions)
-            inputs.tokens.copy_(tokens.clamp_min(0))
-            inputs.positions.copy_(torch.where(ended, -1, inputs.positions + 1))
+            _go_on(inputs, tokens, ends)
             inputs.slots.copy_((inputs.slots + 1) % RING_SLOTS)
             return tokens, logits
 
@@ -194,11 +187,9 @@ class ModelRunner:
     def decode(self, inputs: Sequence[RowInput] | None, first: FirstTokens | None = None) -> Flight:
         """Start a step that feeds one token for each of ``inputs`` and samples the next.
 
-        first: the tokens of the last ones, which the host need not know yet; of those that end with these nothing is
-        stored.
-
         None: for the rows of the last step, each fed what it sampled, which the host need not know yet; those that an
         end id or their length ended, or that gave no token, store nothing more.
+        first: what is fed for the last of ``inputs`` in place of their tokens, which stand before it; the same holds.
         """
         with inference(self.device):
             slot = self.graphs.slot
@@ -257,6 +248,14 @@ def _state(decoder: Decoder, cache: CompactCache) -> dict[str, torch.Tensor]:
     """Every tensor that a decode step reads or writes beside its buffers."""
     own = {name: tensor for name, tensor in vars(cache).items() if isinstance(tensor, torch.Tensor)}
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers()), **own}
+
+
+def _go_on(inputs: StepBuffers, tokens: torch.Tensor, ends: torch.Tensor) -> None:
+    """Have ``inputs`` feed the ``tokens`` that were sampled by them, if the host has nothing to say about it; rows that
+    have come to an end become padding."""
+    ended = ends | (tokens < 0) | (inputs.positions < 0) | (inputs.positions + 1 >= inputs.last_positions)
+    inputs.tokens.copy_(tokens.clamp_min(0))
+    inputs.positions.copy_(torch.where(ended, -1, inputs.positions + 1))
 
 
 def _sample(logits: torch.Tensor, inputs: StepBuffers, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
