@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +51,16 @@ def owned_slots(cache: CompactCache) -> torch.Tensor:
         for first in range(0, live, page):
             owned[table[first // page], : min(page, live - first)] = True
     return owned.to(cache.k_pages.device)
+
+
+@contextmanager
+def unwaited() -> Iterator[None]:
+    """Where the host may wait for nothing on the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +174,9 @@ def test_a_step_that_goes_on_neither_waits_nor_allocates(alone: list[list[int]])
             engine_of(model).step()
         lengths = [len(request.output_ids) for request in requests]
         before = _allocations()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with unwaited():
             for _ in range(30):
                 engine_of(model).step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert _allocations() == before
         assert [len(request.output_ids) for request in requests] == [length + 30 for length in lengths]
         drain(model, requests)
@@ -183,12 +192,9 @@ def test_rows_that_end_by_length_make_no_step_wait() -> None:
         requests = [submit(model, [5 + n], replace(GREEDY, max_tokens=length)) for n, length in enumerate(lengths)]
         for _ in range(10):
             engine_of(model).step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with unwaited():
             for _ in range(30):
                 engine_of(model).step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert [request.finished for request in requests] == [True] * 3 + [False] * 5
         drain(model, requests)
         check_idle(model)
@@ -210,15 +216,12 @@ def test_chunks_and_what_stands_behind_them_start_without_a_wait(monkeypatch, ca
         runner, called = engine_of(model).runner, []
         original = getattr(runner, call)
 
-        def unwaited(*args: Any) -> Any:
+        def started(*args: Any) -> Any:
             called.append(args)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with unwaited():
                 return original(*args)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
-        monkeypatch.setattr(runner, call, unwaited)
+        monkeypatch.setattr(runner, call, started)
         done = many(model(PROMPTS, replace(GREEDY, max_tokens=5)))
         assert [answer.token_ids for answer in done] == [answer.token_ids for answer in expected]
         assert called
