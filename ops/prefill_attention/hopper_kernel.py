@@ -19,24 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from fastdms.ops.gluon_common import add, barrier, load_tile, registers
-
-_FOREVER = gl.constexpr(2**31 - 1)  # later than any query
-
-
-@gluon.jit
-def _find_chunk(block, chunk_indptr_ptr, num_chunks, B: gl.constexpr, BLOCK_M: gl.constexpr, FLAT: gl.constexpr):
-    """``find_chunk`` of triton_common."""
-    o_b = gl.arange(0, B, FLAT)
-    m_b = o_b < num_chunks
-    begins = gl.load(chunk_indptr_ptr + o_b, mask=m_b, other=0)
-    ends = gl.load(chunk_indptr_ptr + o_b + 1, mask=m_b, other=0)
-    blocks = (ends - begins + BLOCK_M - 1) // BLOCK_M
-    cumulative = gl.associative_scan(blocks, 0, add)
-    chunk = gl.sum((m_b & (cumulative <= block)).to(gl.int32), 0)
-    own = o_b == chunk
-    before = gl.sum(gl.where(own, cumulative - blocks, 0), 0)
-    return chunk, block - before, gl.sum(gl.where(own, begins, 0), 0), gl.sum(gl.where(own, ends, 0), 0)
+from fastdms.ops.gluon_common import barrier, load_tile, registers
+from fastdms.ops.prefill_attention.hopper_blocks import FOREVER, find_chunk, load_until, tiles_of
 
 
 @gluon.jit
@@ -94,18 +78,6 @@ def _accumulate(tile, b_w, b_old, b_acc, ring, ACC: gl.constexpr, STAGES: gl.con
     return warpgroup_mma(b_w, b_v, b_acc, is_async=True)
 
 
-@gluon.jit
-def _load_until(tile, lasts, o_n):
-    """The last query that sees each key of a flagged tile: late keys, or the chunk's own."""
-    packed, late, flagged, num_late, band, stop, p_late, p_until = lasts
-    BLOCK_N: gl.constexpr = o_n.shape[0]
-    is_late = tile < late
-    o_k = (tile - gl.where(is_late, packed, late)) * BLOCK_N + gl.where(is_late, 0, band) + o_n
-    end = gl.where(is_late, num_late, stop)
-    m_n = (tile >= packed) & (tile < flagged) & (o_k < end)
-    return gl.load(gl.where(is_late, p_late, p_until) + o_k, mask=m_n, other=-1)
-
-
 @gluon.jit(do_not_specialize=["num_chunks", "tokens"])
 def _attend_hopper_kernel(
     q_ptr,
@@ -154,7 +126,7 @@ def _attend_hopper_kernel(
     pid = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest first
     if DEPENDENT:
         gdc_wait()
-    i_b, block, begin, end = _find_chunk(pid, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
+    i_b, block, begin, end = find_chunk(pid, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
     if i_b == num_chunks:  # the tokens after the last row's: padding
         begin = gl.load(chunk_indptr_ptr + num_chunks)
         end = tokens
@@ -174,19 +146,13 @@ def _attend_hopper_kernel(
         base = gl.load(plan)
         num_old = gl.load(plan + 1)
         num_late = gl.load(plan + 2)
-        band = gl.maximum(first_query - WINDOW, 0)
-        num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + begin + band)
-
-        # Where each kind of tiles ends: whole packed ones, their tail, late ones, and then those of the band: with keys
-        # that are out of some query's window, with keys that every query sees, with keys that come after some query.
-        stop = gl.minimum(first_query + BLOCK_M, end - begin)
+        first_key = gl.maximum(first_query - WINDOW, 0)
+        num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + begin + first_key)
+        band, stop, packed, late, flagged, clear, total = tiles_of(
+            first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
+        )
+        clear = gl.maximum(clear, flagged)
         whole = num_packed // BLOCK_N
-        packed = gl.cdiv(num_packed, BLOCK_N)
-        late = packed + gl.where(first_query < WINDOW, gl.cdiv(num_late, BLOCK_N), 0)
-        total = late + gl.cdiv(stop - band, BLOCK_N)
-        flagged = late + gl.cdiv(gl.maximum(first_query + BLOCK_M - 1 - WINDOW - band, 0), BLOCK_N)
-        flagged = gl.minimum(flagged, total)
-        clear = gl.maximum(late + (first_query + 1 - band) // BLOCK_N, flagged)
         ends = (packed, late, total)
         first_rows = (base, base + num_old + end - begin, begin + band, i_h * D)
         descs = (packed_k_desc, packed_v_desc, k_desc, v_desc)
@@ -218,7 +184,7 @@ def _attend_hopper_kernel(
         p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
         o_n = gl.arange(0, BLOCK_N, FLAT)
         lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
-        b_until = _load_until(whole, lasts, o_n)
+        b_until = load_until(whole, lasts, o_n)
 
         b_acc = warpgroup_mma_init(b_acc)
         for tile in range(0, whole):
@@ -238,19 +204,19 @@ def _attend_hopper_kernel(
             # The tile's first key, counted among those of its kind, and how many of them there are from it on.
             first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
             num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
-            b_ahead = _load_until(tile + 1, lasts, o_n)
+            b_ahead = load_until(tile + 1, lasts, o_n)
             if (tile < flagged) | (tile >= clear):
                 # A key is visible if its row's number is no more than its column's: the query and the last one that
                 # sees the key, or, both negative, the query and the key.
                 b_column = b_until
                 if (tile < packed) | (tile >= flagged):
-                    b_column = gl.where(tile < packed, gl.where(o_n < num_keys, _FOREVER, -1), -(first + band + o_n))
+                    b_column = gl.where(tile < packed, gl.where(o_n < num_keys, FOREVER, -1), -(first + band + o_n))
                 b_column = gl.convert_layout(b_column, COLUMNS)
                 b_row = gl.where(tile < flagged, query, -query)
                 b_x = gl.where(b_row[:, None] <= b_column[None, :], b_x, float("-inf"))
                 if WINDOW < BLOCK_M + BLOCK_N:  # keys out of some query's window may come after another
                     b_from = gl.where(tile < late, -1, first + band) + gl.arange(0, BLOCK_N, COLUMNS)
-                    b_row = gl.where(tile < late, _FOREVER, query)
+                    b_row = gl.where(tile < late, FOREVER, query)
                     b_x = gl.where(b_from[None, :] <= b_row[:, None], b_x, float("-inf"))
             b_until = b_ahead
             b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)

@@ -1,7 +1,7 @@
 """Triton backend of prefill_attention: pack what the chunk's queries see of each span, then attend to it.
 
 The cost follows the keys that are kept, not the prompt squared: a block of queries visits the packed keys before its
-window and the window itself. On Hopper, 16-bit products of head dims 64 and 128 have a loop of their own.
+window and the window itself. On Hopper, 16-bit products of head dims 64 and 128 have loops of their own.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ def _attend_rows(
         HAS_SCALES=k_scales.numel() > 0, **shared, **sizes, **dependent,
     )  # fmt: skip
     if on_hopper(q.device):
-        from fastdms.ops.prefill_attention import hopper_kernel  # Gluon only where it is used
+        from fastdms.ops.prefill_attention import hopper_kernel, specialised_kernel  # Gluon only where it is used
 
         if hopper_kernel.is_supported(q, k, v):
-            hopper_kernel.attend(
+            loop = specialised_kernel if specialised_kernel.is_supported(q, k, v) else hopper_kernel
+            loop.attend(
                 q, k, v, chunk_indptr, plan, lists, kept_before, until, packed_k, packed_v, out, num_chunks,
                 sm_scale * LOG2_E, **shared, **dependent,
             )  # fmt: skip

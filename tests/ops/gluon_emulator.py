@@ -52,7 +52,7 @@ def _torch_dtype(dtype: torch.dtype | Dtype) -> torch.dtype:
 
 def _block(x: Any) -> _Block:
     if not isinstance(x, torch.Tensor):
-        x = torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else torch.int32)
+        x = torch.tensor(x, dtype={bool: torch.bool, float: torch.float32}.get(type(x), torch.int32))
     block: _Block = x.as_subclass(_Block)
     return block
 
@@ -125,14 +125,15 @@ def _language(
 ) -> types.SimpleNamespace:
     """What stands in for Gluon's language in one program."""
 
-    def full(shape: list[int], value: float, dtype: torch.dtype | Dtype, layout: None = None) -> _Block:
-        return _block(torch.full(shape, value, dtype=_torch_dtype(dtype)))
+    def full(shape: list[int], value: Any, dtype: torch.dtype | Dtype, layout: None = None) -> _Block:
+        return _block(_block(value).to(dtype).expand(shape).clone())
 
     def inline_asm_elementwise(asm: str, constraints: str, args: list[_Block], **options: Any) -> Any:
         return assembly[asm](*args)
 
     return types.SimpleNamespace(
         NVMMASharedLayout=NVMMASharedLayout,
+        SwizzledSharedLayout=lambda *_: None,
         **{name: getattr(torch, name) for name in ("int32", "int64", "float16", "bfloat16", "float32")},
         **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
         **{name: _pointwise(getattr(torch, name)) for name in _POINTWISE},

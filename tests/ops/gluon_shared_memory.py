@@ -2,7 +2,8 @@
 
 Nothing comes before it is waited for. What hangs, races or reads garbage on a GPU, now and then or always, fails: a
 wait for a phase that won't end, a tile read before it came or overwritten before all that read it have done with it, a
-barrier used before all warps see it, anything still under way in the end. What nobody wrote is NaN.
+barrier used before all warps see it, anything still under way in the end. What nobody wrote is NaN, or the least whole
+number.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ class _Tiles:
     def slice(self, start: int, length: int) -> _Tiles:
         return self._view(self._in_order().narrow(0, start, length))
 
+    def _reinterpret(self, dtype: Dtype, shape: list[int], layout: Any) -> _Tiles:
+        """Rows cut otherwise into tiles, of whole eights: what is swizzled alike."""
+        assert (dtype, shape[-1], layout) == (self.dtype, self.shape[-1], self.layout)
+        assert shape[-2] % 8 == self.shape[-2] % 8 == 0, "a tile begins within eight rows"
+        return self._view(self._in_order().view(shape))
+
     def permute(self, order: tuple[int, ...]) -> _Tiles:
         return self._view(self.data.permute(order))
 
@@ -70,7 +77,7 @@ class _Tiles:
         racing = [x for x in self._met() if x.kind == "store" and x not in known]
         for access in racing:
             start = access.place.start - self.place.start
-            data.view(-1)[max(start, 0) : start + len(access.place)] = torch.nan
+            data.view(-1)[max(start, 0) : start + len(access.place)] = _nothing(data.dtype)
         partition.own.append(self.read(known.union(racing)))
         return data
 
@@ -107,6 +114,11 @@ class _Tiles:
 
     def _met(self) -> list[Access]:
         return [x for x in self.accesses if x.meets(self.place)]
+
+
+def _nothing(dtype: torch.dtype) -> float:
+    """What nobody wrote."""
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -225,7 +237,8 @@ class SharedMemory:
             made = [_Barrier(self.partitions) for _ in range(shape[0])]
             self._barriers += made
             return _Barriers(made) if len(shape) > 1 else made[0]
-        data = torch.full(shape, torch.nan).to(dtype.torch)
+        element = dtype if isinstance(dtype, torch.dtype) else dtype.torch
+        data = torch.full(shape, _nothing(element), dtype=element)
         self._tiles.append(_Tiles(self, data, layout, []))
         return self._tiles[-1]
 

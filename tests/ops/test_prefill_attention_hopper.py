@@ -1,4 +1,4 @@
-"""prefill_attention's kernel for Hopper: what it takes, and its edges.
+"""prefill_attention's kernels for Hopper: what they take, and their edges.
 
 Without a GPU it is emulated: all but layouts and the matrix units' roundings.
 """
@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastdms.ops import prefill_append, prefill_attention
-from fastdms.ops.prefill_attention import hopper_kernel
+from fastdms.ops.prefill_attention import hopper_blocks, hopper_kernel, specialised_consumer, specialised_kernel
 from fastdms.ops.triton_common import on_hopper
 from tests.ops.gluon_emulator import emulate
 from tests.ops.harness import CPU, DEVICE, GuardedCache, make_cache, on
@@ -25,16 +25,27 @@ kernel = importlib.import_module("fastdms.ops.prefill_attention.kernel")  # the 
 _HISTORY = [(0, 330), (1, 45)]  # (row, tokens) that the cache holds
 
 
+def _assembly() -> dict[str, Callable[..., Any]]:
+    return {
+        specialised_consumer.KEEP.value: lambda x, low, high: torch.where(low <= high, x, -torch.inf),
+        specialised_consumer.CUT.value: lambda x, at, limit: torch.where(at < limit, x, torch.zeros_like(x)),
+        specialised_consumer.RESCALE.value: lambda x, by: x * by, specialised_consumer.LEAVE.value: lambda: None,
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def hopper() -> Iterator[None]:
-    """That kernel and no other, on a Hopper card or emulated."""
+    """Those kernels and no other, on a Hopper card or emulated: the one of specialised warps for head dim 64 and groups
+    that divide 8."""
     if DEVICE != CPU and not on_hopper(DEVICE):
         pytest.skip("needs a Hopper card")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "attend_tile", None)  # the other kernel's, which is not to be asked
         if DEVICE == CPU:
             patch.setattr(kernel, "on_hopper", lambda _: True)
-            emulate(patch, hopper_kernel, "_attend_hopper_kernel", {})
+            emulate(patch, hopper_kernel, "_attend_hopper_kernel", {}, hopper_blocks)
+            helpers = (specialised_consumer, hopper_blocks)
+            emulate(patch, specialised_kernel, "_specialised_kernel", _assembly(), *helpers)
         yield
 
 
@@ -123,6 +134,8 @@ def test_what_it_takes(
         ((1, 4, 128), 0, 0.9),
         ((2, 4, 64), 100, 0.0),
         ((1, 3, 64), 64, 1.0),
+        ((1, 2, 64), 64, 1.0),
+        ((1, 8, 64), 30, 0.5),
     ],
     ids=str,
 )
@@ -139,7 +152,7 @@ def test_windows_groups_and_shares(
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(data=st.data())
 def test_any_chunks(data: st.DataObject) -> None:
-    heads = (1, data.draw(st.sampled_from([1, 3, 4, 7, 16]), "group"), data.draw(st.sampled_from([64, 128]), "dim"))
+    heads = (1, data.draw(st.sampled_from([1, 3, 4, 7, 8, 16]), "group"), data.draw(st.sampled_from([64, 128]), "dim"))
     flagged = data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]), "flagged")
     lengths = data.draw(st.lists(st.integers(0, 200) | st.sampled_from([1, 64, 128]), min_size=3, max_size=3), "tokens")
     rows = data.draw(st.permutations(range(3)), "rows")
@@ -161,6 +174,19 @@ def test_a_neighbours_nan_stays_there() -> None:
     chunk["k"][100:], chunk["v"][100:] = torch.nan, torch.nan
     assert finite.isfinite().all()
     assert torch.equal(_attend("kernel", cache, chunk)[:100], finite[:100])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("group", [3, 4])
+def test_long_chunks_give_the_same_each_time(group: int) -> None:
+    """Thousands of blocks, as many tiles under way as there can be."""
+    heads = (8, group, 64)
+    cache = _cache(heads, 256, 0.8, torch.bfloat16)
+    chunk = _chunk([(0, 3000), (1, 1100)], heads, 0.8, torch.bfloat16, padding=70)
+    _check(cache, chunk)
+    first, *others = (_attend("kernel", cache, chunk) for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def _skip_values(real: Callable[..., None]) -> Callable[..., None]:
@@ -192,21 +218,61 @@ def _fetch_three(real: Callable[..., None]) -> Callable[..., None]:
     return fetch
 
 
+def _wait_for_none(real: Callable[..., None]) -> Callable[..., None]:
+    return lambda tile, *others: real(tile, *others) if tile == 0 else None
+
+
+def _release_early(real: Callable[..., None]) -> Callable[..., None]:
+    """What products have yet to read."""
+    return lambda tile, free, stages, _: real(tile + 1, free, stages, True)
+
+
+def _release_one(real: Callable[..., None]) -> Callable[..., None]:
+    return lambda tile, *others: real(tile, *others) if tile < 1 else None
+
+
 @pytest.mark.skipif(DEVICE != CPU, reason="faults of this kind may hang a GPU")
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("name", "fault", "message"),
+    ("group", "name", "fault", "message"),
     [
-        ("_wait", _skip_values, "read before it came"),
-        ("_fetch", _fetch_early, "overwritten while it is needed"),
-        ("_fetch", _fetch_three, "wait for ever: 0 of 1 arrived"),
+        (3, "_wait", _skip_values, "read before it came"),
+        (3, "_fetch", _fetch_early, "overwritten while it is needed"),
+        (3, "_fetch", _fetch_three, "wait for ever: 0 of 1 arrived"),
+        (4, "_wait", _wait_for_none, "read before it came"),
+        (4, "_release", _release_early, "overwritten while it is needed"),
+        (4, "_release", _release_one, "wait for ever"),
     ],
 )
 def test_faults_show_without_a_gpu(
-    name: str, fault: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+    group: int, name: str, fault: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = (1, 4, 64)
+    heads, module = (1, group, 64), specialised_consumer if group == 4 else hopper_kernel
+    monkeypatch.setattr(specialised_kernel, "_STAGES", 4)
     cache, chunk = _cache(heads, 30, 0.0, torch.float16), _chunk([(0, 9)], heads, 0.0, torch.float16)
-    monkeypatch.setattr(hopper_kernel, name, fault(getattr(hopper_kernel, name)))
+    monkeypatch.setattr(module, name, fault(getattr(module, name)))
     with pytest.raises(AssertionError, match=message):
         _attend("kernel", cache, chunk)
+
+
+@pytest.mark.parametrize(
+    ("supported", "heads", "head_dim", "dtype", "stride"),
+    [
+        (True, (8, 2), 64, torch.bfloat16, 512),
+        (True, (8, 1), 64, torch.float16, 768),
+        (False, (6, 2), 64, torch.bfloat16, 384),
+        (False, (16, 1), 64, torch.bfloat16, 1024),
+        (False, (8, 2), 128, torch.bfloat16, 1024),
+        (False, (8, 2), 64, torch.bfloat16, 516),
+        (False, (8, 2), 64, torch.float32, 512),
+    ],
+)
+def test_what_specialised_warps_take(
+    supported: bool, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, stride: int
+) -> None:
+    """Queries that TMA can read, of groups whose queries come in whole rows of eight."""
+    k = torch.empty(5, heads[1], head_dim, dtype=torch.bfloat16 if dtype == torch.float32 else dtype)
+    q = torch.empty(5 * stride, dtype=dtype).as_strided((5, heads[0], head_dim), (stride, head_dim, 1))
+    assert specialised_kernel.is_supported(q, k, k) == supported
+    across = q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not specialised_kernel.is_supported(across, k, k)
