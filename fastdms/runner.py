@@ -182,7 +182,9 @@ class ModelRunner:
         decoder = self.decoder
         if decoder.dms is not None and decoder.dms.prefill == "masked":
             return None
-        return dense_kernel(decoder.embed.dtype, decoder.config.head_dim, self.device)
+        config = decoder.config
+        group = config.num_heads // config.num_kv_heads
+        return dense_kernel(decoder.embed.dtype, config.head_dim, group, self.device)
 
     def decode(self, inputs: Sequence[RowInput] | None, first: FirstTokens | None = None) -> Flight:
         """Start a step that feeds one token for each of ``inputs`` and samples the next.

@@ -6,7 +6,7 @@ import torch
 
 from fastdms.ops.span_cache import SpanCache, check, check_heads, check_ints
 
-__all__ = ["check_chunk", "token_flags", "window_flags"]
+__all__ = ["check_chunk", "has_specialised_warps", "token_flags", "window_flags"]
 
 
 def check_chunk(
@@ -25,6 +25,11 @@ def check_chunk(
     check(positions.shape[0] == tokens, f"positions must be [{tokens}], got {tuple(positions.shape)}")
     check(chunk_indptr.shape[0] == rows.shape[0] + 1, f"chunk_indptr must be [B + 1], got {tuple(chunk_indptr.shape)}")
     check(shift in (0, 1), f"shift must be 0 or 1, got {shift!r}")
+
+
+def has_specialised_warps(dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Whether prefill's loop of specialised warps on Hopper takes such heads: their queries come in eights of rows."""
+    return dtype in (torch.float16, torch.bfloat16) and head_dim == 64 and group in (1, 2, 4, 8)
 
 
 def token_flags(decisions: torch.Tensor, shift: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from fastdms.ops.dense_attention.choice import FLASH_ATTN_MODULES, dense_kernel
 from fastdms.ops.dense_attention.flash_kernel import flash_attention
+from fastdms.ops.dense_attention.hopper import gluon
 from fastdms.ops.dense_attention.libraries import cudnn, flash_attn, torch_flash
 
 
@@ -18,14 +19,17 @@ def dense_attention(
     start: int,
     sm_scale: float,
 ) -> torch.Tensor:
-    tokens, _, head_dim = q.shape
+    tokens, num_heads, head_dim = q.shape
     if tokens == 0:
         return q.new_empty(q.shape)
     end = start + tokens
     k_history[start:end] = k
     v_history[start:end] = v
-    kernel = dense_kernel(q.dtype, head_dim, q.device) if q.dtype == k.dtype else "triton"
+    group = num_heads // k.shape[1]
+    kernel = dense_kernel(q.dtype, head_dim, group, q.device) if q.dtype == k.dtype else "triton"
     keys, values = k_history[:end], v_history[:end]
+    if kernel == "gluon":
+        return gluon(q, keys, values, start, sm_scale)
     if kernel == "cudnn":
         return cudnn(q, keys, values, start, sm_scale)
     if kernel == "torch_flash":

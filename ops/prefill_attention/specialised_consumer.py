@@ -60,9 +60,21 @@ def _cut(b_values, o_n, limit):
 
 
 @gluon.jit
+def stage_of(tile, STAGES: gl.constexpr):
+    """Where in the ring a tile lies; STAGES: a power of two."""
+    return tile & (STAGES - 1)
+
+
+@gluon.jit
+def phase_of(tile, STAGES: gl.constexpr):
+    """The parity of a tile's turn at its stage."""
+    return (tile & STAGES) // STAGES
+
+
+@gluon.jit
 def _scores(tile, b_q, k_ring, X: gl.constexpr, STAGES: gl.constexpr):
     """Start q k^T of a tile."""
-    b_k = k_ring.index(tile % STAGES)
+    b_k = k_ring.index(stage_of(tile, STAGES))
     nothing = gl.full([ROWS, b_k.shape[0]], 0.0, gl.float32, X)
     return warpgroup_mma(b_q, b_k.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
@@ -84,7 +96,7 @@ def _accumulate(tile, b_w, b_old, b_acc, v_ring, ACC: gl.constexpr, STAGES: gl.c
     Only here, behind the wait for the product before, do weights become what the matrix units read: any earlier, and
     ptxas puts them into registers that that product still reads.
     """
-    b_v = v_ring.index(tile % STAGES)
+    b_v = v_ring.index(stage_of(tile, STAGES))
     b_old = gl.convert_layout(b_old, gl.SliceLayout(1, ACC))[:, None]
     b_acc = gl.inline_asm_elementwise(
         RESCALE, _RESCALE_OPERANDS, [b_acc, b_old], dtype=gl.float32, is_pure=True, pack=32
@@ -96,14 +108,14 @@ def _accumulate(tile, b_w, b_old, b_acc, v_ring, ACC: gl.constexpr, STAGES: gl.c
 @gluon.jit
 def _wait(tile, here, STAGES: gl.constexpr):
     """Until a tile, counted from the program's first, is there."""
-    mbarrier.wait(here.index(tile % STAGES), (tile // STAGES) & 1)
+    mbarrier.wait(here.index(stage_of(tile, STAGES)), phase_of(tile, STAGES))
 
 
 @gluon.jit
 def _release(tile, free, STAGES: gl.constexpr, is_there):
     """A tile that no warp of this consumer needs any more, if it ``is_there``."""
     barrier()
-    mbarrier.arrive(free.index(tile % STAGES), count=1, pred=is_there)
+    mbarrier.arrive(free.index(stage_of(tile, STAGES)), count=1, pred=is_there)
 
 
 @gluon.jit
@@ -115,7 +127,7 @@ def note(notes, at, FLAT: gl.constexpr):
 @gluon.jit
 def consume(
     given, rings, part: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, WINDOW: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """The ``part``-th of the consumers: its rows of each of the program's blocks, ordered by heads of the group.
 
@@ -157,10 +169,14 @@ def consume(
             first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
         )
         whole = num_packed // BLOCK_N
-        p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
-        p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
-        lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
-        b_until = load_until(whole, lasts, o_n)
+        if DENSE:
+            flagged = late
+            b_until = o_n
+        else:
+            p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
+            p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
+            lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
+            b_until = load_until(whole, lasts, o_n)
 
         b_max = gl.full([ROWS], -1.0e30, gl.float32, gl.SliceLayout(1, X))
         b_sum = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, X))
@@ -182,7 +198,8 @@ def consume(
             after = gl.where(is_last & (i + 1 == mine), n + tile, n + tile + 1)
             next_slot = gl.where(is_last & has_next, slot ^ 1, slot)
             mbarrier.wait(q_here.index(next_slot), ((i + 1) >> 1) & 1, pred=is_last & has_next)
-            b_ahead = load_until(tile + 1, lasts, o_n)
+            if not DENSE:
+                b_ahead = load_until(tile + 1, lasts, o_n)
             # The tile's first key, counted among those of its kind, and how many of them there are from it on.
             first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
             num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
@@ -194,14 +211,15 @@ def consume(
             if tile >= clear:
                 b_from = gl.convert_layout(first + band + o_n, COLUMNS)
                 b_x = _keep(b_x, b_from[None, :], query[:, None])
-            b_until = b_ahead
+            if not DENSE:
+                b_until = b_ahead
             b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
             b_acc = warpgroup_mma_wait(0, [b_acc])
             _release(n + tile - 1, free, STAGES, tile > 0)
             # Rows after these keys are someone else's or nobody's, and a weight of zero leaves a NaN. Each consumer
             # stores the same.
             if num_keys < BLOCK_N:
-                b_v = v_ring.index((n + tile) % STAGES)
+                b_v = v_ring.index(stage_of(n + tile, STAGES))
                 b_v.store(_cut(b_v.load(WIDE), o_u, num_keys))
                 fence_async_shared()
                 barrier()

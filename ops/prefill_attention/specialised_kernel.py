@@ -16,15 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
+from fastdms.ops.chunk import has_specialised_warps
 from fastdms.ops.gluon_common import barrier, load_tile
 from fastdms.ops.prefill_attention.hopper_blocks import blocks_of, find_chunk, tiles_of
-from fastdms.ops.prefill_attention.specialised_consumer import NOTES, ROWS, consume, note
+from fastdms.ops.prefill_attention.specialised_consumer import NOTES, ROWS, consume, note, phase_of, stage_of
 
-_HEAD_DIM = 64
-_GROUPS = (1, 2, 4, 8)  # whose queries come in whole rows of eight
 # What measured best (docs/lab-notes.md).
 _KEYS = 64  # of a tile
-_STAGES = 8  # tiles in the ring
+_STAGES = 8  # tiles in the ring, a power of two
 _CONSUMERS = gl.constexpr(3)
 _REGISTERS = gl.constexpr(160)  # of a consumer's thread; with 152, ptxas has each product waited for at once
 _FEW_REGISTERS = gl.constexpr(24)
@@ -39,13 +38,13 @@ def _turn(i, pid, num_programs):
 @gluon.jit
 def _produce(
     given, rings, descs, tables, B: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, WINDOW: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Fetch queries, keys and values of the program's blocks, and note down what the consumers need to know of each."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     q_desc, packed_k_desc, packed_v_desc, k_desc, v_desc = descs
     chunk_indptr_ptr, plan_ptr, kept_before_ptr = tables
-    pid, num_programs, num_blocks, num_chunks, tokens, q_parts = given
+    pid, num_programs, num_blocks, num_chunks, tokens, start, q_parts = given
     k_ring, v_ring, notes, q_here, q_free, here, free = rings
     QUERIES: gl.constexpr = ROWS // G
     BLOCK_M: gl.constexpr = QUERIES * _CONSUMERS
@@ -55,16 +54,19 @@ def _produce(
     for i in range(0, note(notes, NOTES - 1, FLAT)):
         at = i * num_programs + _turn(i, pid, num_programs)
         i_h = at % HKV
-        i_b, block, begin, end = find_chunk(
-            num_blocks - 1 - at // HKV, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT
-        )  # fmt: skip
-        first_query = block * BLOCK_M
-        plan = plan_ptr + (i_b * HKV + i_h) * 4
-        base = gl.load(plan)
-        num_old = gl.load(plan + 1)
-        num_late = gl.load(plan + 2)
-        first_key = begin + gl.maximum(first_query - WINDOW, 0)
-        num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + first_key)
+        block = num_blocks - 1 - at // HKV
+        if DENSE:
+            i_b, begin, end = 0, 0, tokens
+            first_query = block * BLOCK_M
+            base, num_old, num_late, column = 0, start, 0, i_h * D
+            num_packed = start + first_query
+        else:
+            i_b, block, begin, end = find_chunk(block, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
+            first_query = block * BLOCK_M
+            plan = plan_ptr + (i_b * HKV + i_h) * 4
+            base, num_old, num_late, column = gl.load(plan), gl.load(plan + 1), gl.load(plan + 2), 0
+            first_key = begin + gl.maximum(first_query - WINDOW, 0)
+            num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + first_key)
         band, _, packed, late, _, _, total = tiles_of(
             first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
         )
@@ -83,13 +85,13 @@ def _produce(
                 load_tile(q_desc, [row, (i_h * G + g) * D], q_here.index(slot), q_part)
         late_row = base + num_old + end - begin
         for tile in range(0, total):
-            stage = n % STAGES
-            mbarrier.wait(free.index(stage), ((n // STAGES) & 1) ^ 1)
+            stage = stage_of(n, STAGES)
+            mbarrier.wait(free.index(stage), phase_of(n, STAGES) ^ 1)
             mbarrier.expect(here.index(stage), 4 * BLOCK_N * D)
             if tile < late:
                 row = gl.where(tile < packed, base + tile * BLOCK_N, late_row + (tile - packed) * BLOCK_N)
-                load_tile(packed_k_desc, [row, 0], here.index(stage), k_ring.index(stage))
-                load_tile(packed_v_desc, [row, 0], here.index(stage), v_ring.index(stage))
+                load_tile(packed_k_desc, [row, column], here.index(stage), k_ring.index(stage))
+                load_tile(packed_v_desc, [row, column], here.index(stage), v_ring.index(stage))
             else:
                 row = begin + band + (tile - late) * BLOCK_N
                 load_tile(k_desc, [row, i_h * D], here.index(stage), k_ring.index(stage))
@@ -97,13 +99,18 @@ def _produce(
             n += 1
 
 
-@gluon.jit(do_not_specialize=["num_chunks", "tokens"])
+@gluon.jit(do_not_specialize=["num_chunks", "tokens", "start"])
 def _specialised_kernel(
     chunk_indptr_ptr, plan_ptr, lists_ptr, kept_before_ptr, until_ptr, q_desc, packed_k_desc, packed_v_desc, k_desc,
-    v_desc, out_ptr, num_chunks, tokens, scale_log2, B: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr,
-    WINDOW: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr, num_warps: gl.constexpr,
+    v_desc, out_ptr, num_chunks, tokens, start, scale_log2, B: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr,
+    WINDOW: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr, DENSE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """What ``_attend_kernel`` does, tiles in the order of ``_attend_hopper_kernel``."""
+    """What ``_attend_kernel`` does, tiles in the order of ``_attend_hopper_kernel``.
+
+    DENSE: of one chunk that sees ``start`` tokens before it and all of itself up to each query. These are rows of what
+    is packed otherwise, ``[N, HKV * D]``; the window is 0, and nothing is known by pointers.
+    """
+    gl.static_assert(STAGES & (STAGES - 1) == 0)
     DTYPE: gl.constexpr = k_desc.dtype
     SHARED: gl.constexpr = k_desc.layout
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
@@ -115,20 +122,23 @@ def _specialised_kernel(
     num_programs = gl.num_programs(0)
     if DEPENDENT:
         gdc_wait()
-    _, _, blocks = blocks_of(chunk_indptr_ptr, num_chunks, B, QUERIES * _CONSUMERS, FLAT)
-    num_blocks = gl.sum(blocks, 0)
+    if DENSE:
+        num_blocks = gl.cdiv(tokens, QUERIES * _CONSUMERS)
+    else:
+        _, _, blocks = blocks_of(chunk_indptr_ptr, num_chunks, B, QUERIES * _CONSUMERS, FLAT)
+        num_blocks = gl.sum(blocks, 0)
     rounds = num_blocks * HKV // num_programs
     left = num_blocks * HKV - rounds * num_programs
     mine = rounds + gl.where(_turn(rounds, pid, num_programs) < left, 1, 0)
 
-    # The tokens after the last row's are padding.
-    last = gl.load(chunk_indptr_ptr + num_chunks)
-    o_r = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))[None, :]
-    for first in range(pid * ROWS, (tokens - last) * (HKV * G), num_programs * ROWS):
-        p_out = out_ptr + last.to(gl.int64) * (HKV * G * D) + (first + o_r).to(gl.int64)[:, None] * D + o_d
-        m_r = (first + o_r < (tokens - last) * (HKV * G))[:, None]
-        gl.store(p_out, gl.zeros([ROWS, D], DTYPE, WIDE), mask=m_r)
+    if not DENSE:  # the tokens after the last row's are padding
+        last = gl.load(chunk_indptr_ptr + num_chunks)
+        o_r = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+        o_d = gl.arange(0, D, gl.SliceLayout(0, WIDE))[None, :]
+        for first in range(pid * ROWS, (tokens - last) * (HKV * G), num_programs * ROWS):
+            p_out = out_ptr + last.to(gl.int64) * (HKV * G * D) + (first + o_r).to(gl.int64)[:, None] * D + o_d
+            m_r = (first + o_r < (tokens - last) * (HKV * G))[:, None]
+            gl.store(p_out, gl.zeros([ROWS, D], DTYPE, WIDE), mask=m_r)
 
     q_parts = gl.allocate_shared_memory(DTYPE, [2 * _CONSUMERS * G, QUERIES, D], q_desc.layout)
     q_rows = q_parts._reinterpret(DTYPE, [2 * _CONSUMERS, ROWS, D], SHARED)
@@ -150,15 +160,15 @@ def _specialised_kernel(
     barrier()
     rings = (k_ring, v_ring, notes, q_here, q_free, here, free)
     consumed = (tokens, scale_log2, lists_ptr, until_ptr, out_ptr, q_rows)
-    fetched = (pid, num_programs, num_blocks, num_chunks, tokens, q_parts)
+    fetched = (pid, num_programs, num_blocks, num_chunks, tokens, start, q_parts)
     descs = (q_desc, packed_k_desc, packed_v_desc, k_desc, v_desc)
     tables = (chunk_indptr_ptr, plan_ptr, kept_before_ptr)
     gl.warp_specialize(
         [
-            (consume, (consumed, rings, 0, HKV, G, WINDOW, _CONSUMERS, STAGES)),
-            (consume, (consumed, rings, 1, HKV, G, WINDOW, _CONSUMERS, STAGES)),
-            (consume, (consumed, rings, 2, HKV, G, WINDOW, _CONSUMERS, STAGES)),
-            (_produce, (fetched, rings, descs, tables, B, HKV, G, WINDOW, STAGES)),
+            (consume, (consumed, rings, 0, HKV, G, WINDOW, _CONSUMERS, STAGES, DENSE)),
+            (consume, (consumed, rings, 1, HKV, G, WINDOW, _CONSUMERS, STAGES, DENSE)),
+            (consume, (consumed, rings, 2, HKV, G, WINDOW, _CONSUMERS, STAGES, DENSE)),
+            (_produce, (fetched, rings, descs, tables, B, HKV, G, WINDOW, STAGES, DENSE)),
         ],
         [4, 4, 1],
         [_REGISTERS, _REGISTERS, _FEW_REGISTERS],
@@ -168,8 +178,8 @@ def _specialised_kernel(
 def is_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether shapes and strides fit, of what ``hopper_kernel`` supports."""
     _, num_heads, head_dim = q.shape
-    is_matrix = q.stride(1) == head_dim and q.stride(2) == 1 and q.stride(0) % 8 == 0 and q.data_ptr() % 16 == 0
-    return is_matrix and q.dtype == k.dtype and head_dim == _HEAD_DIM and num_heads // k.shape[1] in _GROUPS
+    is_matrix = q.stride()[1:] == (head_dim, 1) and q.stride(0) % 8 == 0 and q.data_ptr() % 16 == 0
+    return is_matrix and q.dtype == k.dtype and has_specialised_warps(q.dtype, head_dim, num_heads // k.shape[1])
 
 
 def attend(
@@ -181,21 +191,36 @@ def attend(
 
     shared: B, HKV and WINDOW of it, and what ``dependent_launch`` gives.
     """
+    given = (chunk_indptr, plan, lists, kept_before, until)
+    _launch(given, q, packed_k, packed_v, k, v, out, num_chunks, 0, scale_log2, DENSE=False, **shared)
+
+
+def attend_densely(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, out: torch.Tensor, scale_log2: float
+) -> None:
+    """Causal attention of the chunk ``q [T, Hq, D]`` to all keys ``[start + T, Hkv, D]``; q as ``is_supported`` has it,
+    k and v contiguous."""
+    shared = {"B": 1, "HKV": k.shape[1], "WINDOW": 0, "DEPENDENT": False}
+    _launch((None,) * 5, q, k, v, k[start:], v[start:], out, 1, start, scale_log2, DENSE=True, **shared)
+
+
+def _launch(
+    given: tuple[torch.Tensor | None, ...], q: torch.Tensor, packed_k: torch.Tensor, packed_v: torch.Tensor,
+    k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, num_chunks: int, start: int, scale_log2: float,
+    **constants: int,
+) -> None:  # fmt: skip
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    group = num_heads // num_kv_heads
-    queries = ROWS.value // group
+    queries = ROWS.value // (num_heads // num_kv_heads)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
-    def described(x: torch.Tensor, columns: int, rows: int) -> TensorDescriptor:
-        return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [rows, head_dim], layout)
+    def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
+        return TensorDescriptor(x, [x.shape[0], x[0].numel()], [x.stride(0), 1], [rows, head_dim], layout)
 
     most = (triton.cdiv(tokens, queries * _CONSUMERS.value) + num_chunks) * num_kv_heads
     _specialised_kernel[(min(_num_processors(q.device), most),)](
-        chunk_indptr, plan, lists, kept_before, until, described(q, num_heads * head_dim, queries),
-        *(described(x, head_dim, _KEYS) for x in (packed_k, packed_v)),
-        *(described(x, num_kv_heads * head_dim, _KEYS) for x in (k, v)),
-        out, num_chunks, tokens, scale_log2, G=group, STAGES=_STAGES, num_warps=4, **shared,
+        *given, described(q, queries), *(described(x, _KEYS) for x in (packed_k, packed_v, k, v)), out, num_chunks,
+        tokens, start, scale_log2, G=num_heads // num_kv_heads, STAGES=_STAGES, num_warps=4, **constants,
     )  # fmt: skip
 
 

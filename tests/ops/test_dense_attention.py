@@ -11,7 +11,16 @@ import torch
 from fastdms.ops import dense_attention
 from fastdms.ops.dense_attention.choice import choose_kernel, installed_kernels
 from tests.ops.definition import attend
-from tests.ops.harness import BACKENDS, HEAD_SHAPES, KERNEL_DTYPES, assert_close_to_definition, on, split_heads
+from tests.ops.harness import (
+    BACKENDS,
+    DEVICE,
+    HEAD_SHAPES,
+    KERNEL_DTYPES,
+    assert_close_to_definition,
+    on,
+    split_heads,
+)
+from tests.ops.test_prefill_attention_hopper import emulated
 from tests.tolerance import assert_within_error_budget
 
 _SCALE = 0.2
@@ -94,7 +103,7 @@ def test_bad_input_is_named() -> None:
             dense_attention(**{**good, **change}, sm_scale=1.0)
 
 
-_ALL = frozenset({"flash_attn_3", "cudnn", "flash_attn_2", "torch_flash"})
+_ALL = frozenset({"flash_attn_3", "gluon", "cudnn", "flash_attn_2", "torch_flash"})
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -102,7 +111,8 @@ _HALF = (torch.float16, torch.bfloat16)
 @pytest.mark.parametrize(
     ("capability", "head_dim", "order"),
     [
-        ((9, 0), 64, ["flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "triton"]),
+        ((9, 0), 64, ["flash_attn_3", "gluon", "cudnn", "flash_attn_2", "torch_flash", "triton"]),
+        ((10, 0), 64, ["cudnn", "flash_attn_2", "torch_flash", "triton"]),
         ((9, 0), 80, ["flash_attn_3", "cudnn", "flash_attn_2", "torch_flash", "triton"]),
         ((9, 0), 256, ["flash_attn_3", "flash_attn_2", "torch_flash", "triton"]),
         ((9, 0), 16, ["flash_attn_3", "flash_attn_2", "torch_flash", "triton"]),
@@ -120,13 +130,20 @@ def test_the_next_best_is_chosen(
     """Whatever is chosen is taken away, until only the project's own kernel is left."""
     installed, chosen = _ALL, list[str]()
     while not chosen or chosen[-1] != "triton":
-        chosen.append(choose_kernel(dtype, head_dim, capability, installed))
+        chosen.append(choose_kernel(dtype, head_dim, 4, capability, installed))
         installed -= {chosen[-1]}
     assert chosen == order
 
 
 def test_fp32_is_for_the_own_kernel() -> None:
-    assert choose_kernel(torch.float32, 64, (9, 0), _ALL) == "triton"
+    assert choose_kernel(torch.float32, 64, 4, (9, 0), _ALL) == "triton"
+
+
+def test_groups_that_specialised_warps_take() -> None:
+    taken = [
+        g for g in range(1, 17) if choose_kernel(torch.bfloat16, 64, g, (9, 0), _ALL - {"flash_attn_3"}) == "gluon"
+    ]
+    assert taken == [1, 2, 4, 8]
 
 
 def _module(name: str) -> Any:
@@ -191,7 +208,7 @@ def test_every_kernel_to_be_had(
     q, k, v = split_heads(fused.double(), 2)
     oracle, _ = _part(q, k, v, _SCALE, causal=True)
     reference, *_ = _run("reference", fused, 2, chunks)
-    kernels = {choose_kernel(dtype, head_dim, capability, frozenset({one})) for one in installed_kernels()}
+    kernels = {choose_kernel(dtype, head_dim, group, capability, frozenset({one})) for one in installed_kernels()}
     for kernel in sorted(kernels | {"triton"}):
         with monkeypatch.context() as patch:
             patch.setattr(_module("kernel"), "dense_kernel", lambda *_, kernel=kernel: kernel)
@@ -203,3 +220,27 @@ def test_every_kernel_to_be_had(
         for history, written in ((k_history, k), (v_history, v)):
             assert torch.equal(history[: len(oracle)], written.to(dtype))
             assert history[len(oracle) :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("chunks", [[1], [48, 1], [130, 70], [64, 0, 128, 9]], ids=str)
+def test_specialised_warps(
+    chunks: list[int], group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Around their blocks and tiles; on a Hopper card, or emulated."""
+    monkeypatch.setattr(_module("kernel"), "dense_kernel", lambda *_: "gluon")
+    fused = torch.randn(sum(chunks), 2 * (group + 2), 64).to(dtype)
+    with emulated():
+        _compare(fused, 2, chunks)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-42])
+def test_specialised_warps_under_any_scale(scale: float) -> None:
+    q, k, v = torch.randn(3, 60, 2, 64).half()
+    with emulated():
+        out = _module("hopper").gluon(*(x.to(DEVICE) for x in (q, k, v)), 0, scale)
+    assert_within_error_budget(
+        out.cpu(), _part(q.float(), k.float(), v.float(), scale, True)[0].half(),
+        _part(q.double(), k.double(), v.double(), scale, True)[0],
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import hypothesis
@@ -33,19 +34,25 @@ def _assembly() -> dict[str, Callable[..., Any]]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def hopper() -> Iterator[None]:
-    """Those kernels and no other, on a Hopper card or emulated: the one of specialised warps for head dim 64 and groups
-    that divide 8."""
+@contextmanager
+def emulated() -> Iterator[pytest.MonkeyPatch]:
+    """Those kernels on a Hopper card or emulated."""
     if DEVICE != CPU and not on_hopper(DEVICE):
         pytest.skip("needs a Hopper card")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "attend_tile", None)  # the other kernel's, which is not to be asked
         if DEVICE == CPU:
             patch.setattr(kernel, "on_hopper", lambda _: True)
             emulate(patch, hopper_kernel, "_attend_hopper_kernel", {}, hopper_blocks)
             helpers = (specialised_consumer, hopper_blocks)
             emulate(patch, specialised_kernel, "_specialised_kernel", _assembly(), *helpers)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def hopper() -> Iterator[None]:
+    """Those kernels and no other: the one of specialised warps for head dim 64 and groups that divide 8."""
+    with emulated() as patch:
+        patch.setattr(kernel, "attend_tile", None)  # the other kernel's, which is not to be asked
         yield
 
 

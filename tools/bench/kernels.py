@@ -141,7 +141,9 @@ def _measure(spec: Spec, settings: KernelSettings, flash: FlashAttention, device
         "op": spec.op,
         **{name: getattr(spec, name) if name in depends else None for name in _VARIED},
         **{name: getattr(spec, name) for name in ("kv_heads", "group", "page_size")},
-        "dense_kernel": dense_kernel(DTYPE, spec.head_dim, device) if spec.op == "dense_attention" else None,
+        "dense_kernel": dense_kernel(DTYPE, spec.head_dim, spec.group, device)
+        if spec.op == "dense_attention"
+        else None,
         "window": spec.window_tokens,
         "longest": case.longest,
         "kept_asked": spec.kept if "kept" in depends else None,
