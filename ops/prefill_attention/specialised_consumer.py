@@ -90,18 +90,20 @@ def _softmax(b_x, b_max, b_sum, scale_log2):
 
 
 @gluon.jit
-def _accumulate(tile, b_w, b_old, b_acc, v_ring, ACC: gl.constexpr, STAGES: gl.constexpr):
-    """Start acc * old + w v.
+def _operand(b_w, DTYPE: gl.constexpr, ACC: gl.constexpr):
+    """Weights as the matrix units read them. Not before the wait for the product ahead: ptxas puts them into registers
+    that that product still reads. And not behind the next scores' start, of which then too many are taken."""
+    return gl.convert_layout(b_w.to(DTYPE), gl.DotOperandLayout(0, ACC, 2))
 
-    Only here, behind the wait for the product before, do weights become what the matrix units read: any earlier, and
-    ptxas puts them into registers that that product still reads.
-    """
+
+@gluon.jit
+def _accumulate(tile, b_w, b_old, b_acc, v_ring, ACC: gl.constexpr, STAGES: gl.constexpr):
+    """Start acc * old + w v; w as ``_operand`` gives it."""
     b_v = v_ring.index(stage_of(tile, STAGES))
     b_old = gl.convert_layout(b_old, gl.SliceLayout(1, ACC))[:, None]
     b_acc = gl.inline_asm_elementwise(
         RESCALE, _RESCALE_OPERANDS, [b_acc, b_old], dtype=gl.float32, is_pure=True, pack=32
     )
-    b_w = gl.convert_layout(b_w.to(b_v.dtype), gl.DotOperandLayout(0, ACC, 2))
     return warpgroup_mma(b_w, b_v, b_acc, is_async=True)
 
 
@@ -168,11 +170,11 @@ def consume(
         band, stop, packed, late, flagged, clear, total = tiles_of(
             first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
         )
-        whole = num_packed // BLOCK_N
         if DENSE:
-            flagged = late
+            whole = clear
             b_until = o_n
         else:
+            whole = num_packed // BLOCK_N
             p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
             p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
             lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
@@ -185,6 +187,7 @@ def consume(
         for tile in range(0, whole):
             b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
             b_acc = warpgroup_mma_wait(0, [b_acc])
+            b_w = _operand(b_w, k_ring.dtype, ACC)
             _release(n + tile - 1, free, STAGES, tile > 0)
             _wait(n + tile + 1, here, STAGES)
             b_next = _scores(n + tile + 1, b_q, k_ring, X, STAGES)
@@ -215,6 +218,7 @@ def consume(
                 b_until = b_ahead
             b_w, b_max, b_sum, b_old = _softmax(b_x, b_max, b_sum, scale_log2)
             b_acc = warpgroup_mma_wait(0, [b_acc])
+            b_w = _operand(b_w, k_ring.dtype, ACC)
             _release(n + tile - 1, free, STAGES, tile > 0)
             # Rows after these keys are someone else's or nobody's, and a weight of zero leaves a NaN. Each consumer
             # stores the same.

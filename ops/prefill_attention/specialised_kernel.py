@@ -8,6 +8,8 @@ the matrix units.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined, attr-defined"
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -21,9 +23,16 @@ from fastdms.ops.gluon_common import barrier, load_tile
 from fastdms.ops.prefill_attention.hopper_blocks import blocks_of, find_chunk, tiles_of
 from fastdms.ops.prefill_attention.specialised_consumer import NOTES, ROWS, consume, note, phase_of, stage_of
 
-# What measured best (docs/lab-notes.md).
-_KEYS = 64  # of a tile
-_STAGES = 8  # tiles in the ring, a power of two
+
+class Ring(NamedTuple):
+    """keys: of a tile; stages: tiles in the ring, a power of two."""
+
+    keys: int
+    stages: int
+
+
+# What measured best (docs/lab-notes.md): more keys at a time where many are seen by all queries.
+_RING, _WIDE_RING = Ring(keys=64, stages=8), Ring(keys=128, stages=4)
 _CONSUMERS = gl.constexpr(3)
 _REGISTERS = gl.constexpr(160)  # of a consumer's thread; with 152, ptxas has each product waited for at once
 _FEW_REGISTERS = gl.constexpr(24)
@@ -56,15 +65,14 @@ def _produce(
         i_h = at % HKV
         block = num_blocks - 1 - at // HKV
         if DENSE:
-            i_b, begin, end = 0, 0, tokens
-            first_query = block * BLOCK_M
-            base, num_old, num_late, column = 0, start, 0, i_h * D
-            num_packed = start + first_query
+            i_b, begin, end = 0, -start, tokens
+            base, num_old, num_late, num_packed = 0, 0, 0, 0
+            first_query = start + block * BLOCK_M
         else:
             i_b, block, begin, end = find_chunk(block, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
             first_query = block * BLOCK_M
             plan = plan_ptr + (i_b * HKV + i_h) * 4
-            base, num_old, num_late, column = gl.load(plan), gl.load(plan + 1), gl.load(plan + 2), 0
+            base, num_old, num_late = gl.load(plan), gl.load(plan + 1), gl.load(plan + 2)
             first_key = begin + gl.maximum(first_query - WINDOW, 0)
             num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + first_key)
         band, _, packed, late, _, _, total = tiles_of(
@@ -90,10 +98,10 @@ def _produce(
             mbarrier.expect(here.index(stage), 4 * BLOCK_N * D)
             if tile < late:
                 row = gl.where(tile < packed, base + tile * BLOCK_N, late_row + (tile - packed) * BLOCK_N)
-                load_tile(packed_k_desc, [row, column], here.index(stage), k_ring.index(stage))
-                load_tile(packed_v_desc, [row, column], here.index(stage), v_ring.index(stage))
+                load_tile(packed_k_desc, [row, 0], here.index(stage), k_ring.index(stage))
+                load_tile(packed_v_desc, [row, 0], here.index(stage), v_ring.index(stage))
             else:
-                row = begin + band + (tile - late) * BLOCK_N
+                row = begin + start + band + (tile - late) * BLOCK_N
                 load_tile(k_desc, [row, i_h * D], here.index(stage), k_ring.index(stage))
                 load_tile(v_desc, [row, i_h * D], here.index(stage), v_ring.index(stage))
             n += 1
@@ -107,8 +115,8 @@ def _specialised_kernel(
 ):  # fmt: skip
     """What ``_attend_kernel`` does, tiles in the order of ``_attend_hopper_kernel``.
 
-    DENSE: of one chunk that sees ``start`` tokens before it and all of itself up to each query. These are rows of what
-    is packed otherwise, ``[N, HKV * D]``; the window is 0, and nothing is known by pointers.
+    DENSE: of one chunk whose keys begin ``start`` tokens before it, and a window that is never left; what is counted
+    from the chunk's beginning otherwise is from there. Nothing is packed, and nothing given by pointers.
     """
     gl.static_assert(STAGES & (STAGES - 1) == 0)
     DTYPE: gl.constexpr = k_desc.dtype
@@ -192,7 +200,8 @@ def attend(
     shared: B, HKV and WINDOW of it, and what ``dependent_launch`` gives.
     """
     given = (chunk_indptr, plan, lists, kept_before, until)
-    _launch(given, q, packed_k, packed_v, k, v, out, num_chunks, 0, scale_log2, DENSE=False, **shared)
+    keys_and_values = (packed_k, packed_v, k, v)
+    _launch(given, q, keys_and_values, out, num_chunks, 0, scale_log2, _RING, DENSE=False, **shared)
 
 
 def attend_densely(
@@ -200,17 +209,16 @@ def attend_densely(
 ) -> None:
     """Causal attention of the chunk ``q [T, Hq, D]`` to all keys ``[start + T, Hkv, D]``; q as ``is_supported`` has it,
     k and v contiguous."""
-    shared = {"B": 1, "HKV": k.shape[1], "WINDOW": 0, "DEPENDENT": False}
-    _launch((None,) * 5, q, k, v, k[start:], v[start:], out, 1, start, scale_log2, DENSE=True, **shared)
+    shared = {"B": 1, "HKV": k.shape[1], "WINDOW": 2**30, "DEPENDENT": False}
+    _launch((None,) * 5, q, (k, v, k, v), out, 1, start, scale_log2, _WIDE_RING, DENSE=True, **shared)
 
 
 def _launch(
-    given: tuple[torch.Tensor | None, ...], q: torch.Tensor, packed_k: torch.Tensor, packed_v: torch.Tensor,
-    k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, num_chunks: int, start: int, scale_log2: float,
-    **constants: int,
+    given: tuple[torch.Tensor | None, ...], q: torch.Tensor, keys_and_values: tuple[torch.Tensor, ...],
+    out: torch.Tensor, num_chunks: int, start: int, scale_log2: float, ring: Ring, **constants: int,
 ) -> None:  # fmt: skip
     tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    num_kv_heads = constants["HKV"]
     queries = ROWS.value // (num_heads // num_kv_heads)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -219,8 +227,8 @@ def _launch(
 
     most = (triton.cdiv(tokens, queries * _CONSUMERS.value) + num_chunks) * num_kv_heads
     _specialised_kernel[(min(_num_processors(q.device), most),)](
-        *given, described(q, queries), *(described(x, _KEYS) for x in (packed_k, packed_v, k, v)), out, num_chunks,
-        tokens, start, scale_log2, G=num_heads // num_kv_heads, STAGES=_STAGES, num_warps=4, **constants,
+        *given, described(q, queries), *(described(x, ring.keys) for x in keys_and_values), out, num_chunks, tokens,
+        start, scale_log2, G=num_heads // num_kv_heads, STAGES=ring.stages, num_warps=4, **constants,
     )  # fmt: skip
 
 

@@ -255,7 +255,7 @@ def test_faults_show_without_a_gpu(
     group: int, name: str, fault: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads, module = (1, group, 64), specialised_consumer if group == 4 else hopper_kernel
-    monkeypatch.setattr(specialised_kernel, "_STAGES", 4)
+    monkeypatch.setattr(specialised_kernel, "_RING", specialised_kernel.Ring(keys=64, stages=4))
     cache, chunk = _cache(heads, 30, 0.0, torch.float16), _chunk([(0, 9)], heads, 0.0, torch.float16)
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
     with pytest.raises(AssertionError, match=message):
