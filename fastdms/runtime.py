@@ -279,9 +279,9 @@ class CompiledModel:
 
     @property
     def dense_kernel(self) -> str | None:
-        """What prefills a prompt densely: ``"flash_attn_3"``, ``"cudnn"``, ``"flash_attn_2"``, ``"torch_flash"``,
-        ``"triton"`` or, on the CPU, ``"reference"``; None where prompts are prefilled under the DMS mask. Beside cuDNN,
-        chunks that begin at no multiple of 128 go by torch's flash.
+        """What prefills a prompt densely: ``"flash_attn_3"``, ``"gluon"``, ``"cudnn"``, ``"flash_attn_2"``,
+        ``"torch_flash"``, ``"triton"`` or, on the CPU, ``"reference"``; None where prompts are prefilled under the DMS
+        mask. Beside cuDNN, chunks that begin at no multiple of 128 go by torch's flash.
         """
         return self._open_engine().runner.dense_kernel
 
