@@ -10,6 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 # Triton 3.6 has these by other names.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_Memory = gl.shared_memory_descriptor
+reinterpret = _Memory.reinterpret if hasattr(_Memory, "reinterpret") else _Memory._reinterpret
 
 _QUARTERS = 4  # of a multiprocessor, which its warps are shared out to
 _REGISTERS = 16384  # of a quarter

@@ -15,7 +15,7 @@ def gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, sm_scal
         q, sm_scale = torch.zeros_like(q), 1.0
     elif sm_scale < 0:
         q, sm_scale = -q, -sm_scale
-    if not specialised_kernel.is_supported(q, k, v):
+    if not specialised_kernel.is_supported(q, k):
         q = q.contiguous()
     out = q.new_empty(q.shape)
     specialised_kernel.attend_densely(q, k, v, start, out, sm_scale * LOG2_E)

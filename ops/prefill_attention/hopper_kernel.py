@@ -19,31 +19,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from fastdms.ops.gluon_common import barrier, load_tile, registers
-from fastdms.ops.prefill_attention.hopper_blocks import FOREVER, find_chunk, load_until, tiles_of
+from fastdms.ops.gluon_common import barrier, registers
+from fastdms.ops.prefill_attention.hopper_block_kernel import (
+    FOREVER,
+    fetch_tile,
+    find_chunk,
+    is_matrix,
+    keys_of,
+    lasts_of,
+    load_plan,
+    load_until,
+    tiles_of,
+)
 
 
 @gluon.jit
 def _fetch(tile, ends, first_rows, descs, ring, STAGES: gl.constexpr):
     """Start the copies of a tile's keys and values into the ring, where the tile STAGES before was."""
-    packed, late, total = ends
-    base, late_row, band_row, column = first_rows
-    packed_k_desc, packed_v_desc, k_desc, v_desc = descs
+    packed, late, total, column = ends
     k_ring, v_ring, k_here, v_here = ring
-    BLOCK_N: gl.constexpr = k_desc.block_type.shape[0]
-    NUM_BYTES: gl.constexpr = BLOCK_N * k_desc.block_type.shape[1] * 2
+    NUM_BYTES: gl.constexpr = k_ring.shape[1] * k_ring.shape[2] * 2
     stage = tile % STAGES
     mbarrier.expect(k_here.index(stage), NUM_BYTES, pred=tile < total)
     mbarrier.expect(v_here.index(stage), NUM_BYTES, pred=tile < total)
     barrier()  # no warp reads the old tile any more
-    if tile < late:
-        row = gl.where(tile < packed, base + tile * BLOCK_N, late_row + (tile - packed) * BLOCK_N)
-        load_tile(packed_k_desc, [row, 0], k_here.index(stage), k_ring.index(stage))
-        load_tile(packed_v_desc, [row, 0], v_here.index(stage), v_ring.index(stage))
-    elif tile < total:
-        row = band_row + (tile - late) * BLOCK_N
-        load_tile(k_desc, [row, column], k_here.index(stage), k_ring.index(stage))
-        load_tile(v_desc, [row, column], v_here.index(stage), v_ring.index(stage))
+    if tile < total:
+        fetch_tile(
+            tile, packed, late, first_rows, descs, column, k_here.index(stage), v_here.index(stage),
+            k_ring.index(stage), v_ring.index(stage),
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -142,19 +146,16 @@ def _attend_hopper_kernel(
     else:
         p_q = q_ptr + (token * stride_q_token + head.to(gl.int64) * stride_q_head)[:, None] + o_d
         b_queries = gl.load(p_q, mask=m_q, other=0.0)  # on their way while the plan is read
-        plan = plan_ptr + (i_b * HKV + i_h) * 4
-        base = gl.load(plan)
-        num_old = gl.load(plan + 1)
-        num_late = gl.load(plan + 2)
-        first_key = gl.maximum(first_query - WINDOW, 0)
-        num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + begin + first_key)
+        base, num_old, num_late, num_packed = load_plan(
+            plan_ptr, kept_before_ptr, i_b, i_h, begin, first_query, tokens, HKV, WINDOW
+        )
         band, stop, packed, late, flagged, clear, total = tiles_of(
             first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
         )
         clear = gl.maximum(clear, flagged)
         whole = num_packed // BLOCK_N
-        ends = (packed, late, total)
-        first_rows = (base, base + num_old + end - begin, begin + band, i_h * D)
+        ends = (packed, late, total, i_h * D)
+        first_rows = (base, base + num_old + end - begin, begin + band)
         descs = (packed_k_desc, packed_v_desc, k_desc, v_desc)
 
         k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
@@ -180,10 +181,10 @@ def _attend_hopper_kernel(
         b_x = warpgroup_mma_wait(0, [_scores(0, b_q, ring, X, STAGES)])
 
         # Of tokens in the ring and of the chunk's own: the last query that sees them, loaded a tile ahead.
-        p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
-        p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
         o_n = gl.arange(0, BLOCK_N, FLAT)
-        lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
+        lasts = lasts_of(
+            lists_ptr, until_ptr, i_b, i_h, begin, tokens, packed, late, flagged, num_late, band, stop, HKV, WINDOW
+        )  # fmt: skip
         b_until = load_until(whole, lasts, o_n)
 
         b_acc = warpgroup_mma_init(b_acc)
@@ -201,9 +202,7 @@ def _attend_hopper_kernel(
         for tile in range(whole, total):
             _wait(tile + 1, total, k_here, STAGES)
             _wait(tile, total, v_here, STAGES)
-            # The tile's first key, counted among those of its kind, and how many of them there are from it on.
-            first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
-            num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
+            first, num_keys = keys_of(tile, packed, late, num_packed, num_late, end - begin - band, BLOCK_N)
             b_ahead = load_until(tile + 1, lasts, o_n)
             if (tile < flagged) | (tile >= clear):
                 # A key is visible if its row's number is no more than its column's: the query and the last one that
@@ -262,14 +261,7 @@ def is_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
     if k.dtype.itemsize != 2 or head_dim not in (64, 128) or group > hopper_tile(head_dim).rows:
         return False
-    return all(_is_matrix(x) for x in (k, v))
-
-
-def _is_matrix(x: torch.Tensor) -> bool:
-    """Whether tokens are rows that TMA can read, of all heads."""
-    _, heads, head_dim = x.shape
-    is_row = x.stride(2) == 1 and (heads == 1 or x.stride(1) == head_dim) and x.stride(0) >= heads * head_dim
-    return is_row and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return all(is_matrix(x) for x in (k, v))
 
 
 def attend(

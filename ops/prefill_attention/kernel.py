@@ -128,7 +128,7 @@ def _attend_rows(
         from fastdms.ops.prefill_attention import hopper_kernel, specialised_kernel  # Gluon only where it is used
 
         if hopper_kernel.is_supported(q, k, v):
-            loop = specialised_kernel if specialised_kernel.is_supported(q, k, v) else hopper_kernel
+            loop = specialised_kernel if specialised_kernel.is_supported(q, k) else hopper_kernel
             loop.attend(
                 q, k, v, chunk_indptr, plan, lists, kept_before, until, packed_k, packed_v, out, num_chunks,
                 sm_scale * LOG2_E, **shared, **dependent,

@@ -19,9 +19,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from fastdms.ops.chunk import has_specialised_warps
-from fastdms.ops.gluon_common import barrier, load_tile
-from fastdms.ops.prefill_attention.hopper_blocks import blocks_of, find_chunk, tiles_of
-from fastdms.ops.prefill_attention.specialised_consumer import NOTES, ROWS, consume, note, phase_of, stage_of
+from fastdms.ops.gluon_common import barrier, load_tile, reinterpret
+from fastdms.ops.prefill_attention.consumer_kernel import NOTES, ROWS, consume, note, phase_of, stage_of
+from fastdms.ops.prefill_attention.hopper_block_kernel import (
+    blocks_of,
+    fetch_tile,
+    find_chunk,
+    is_matrix,
+    load_plan,
+    tiles_of,
+)
 
 
 class Ring(NamedTuple):
@@ -49,11 +56,13 @@ def _produce(
     given, rings, descs, tables, B: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, WINDOW: gl.constexpr,
     STAGES: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch queries, keys and values of the program's blocks, and note down what the consumers need to know of each."""
+    """Fetch queries, keys and values of the program's blocks, and note down what the consumers need to know of each.
+
+    q_parts: ``[2 * CONSUMERS * G, ROWS / G, D]``, what the consumers take for their rows, head by head.
+    """
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    q_desc, packed_k_desc, packed_v_desc, k_desc, v_desc = descs
     chunk_indptr_ptr, plan_ptr, kept_before_ptr = tables
-    pid, num_programs, num_blocks, num_chunks, tokens, start, q_parts = given
+    pid, num_programs, num_blocks, num_chunks, tokens, start, q_desc, q_parts = given
     k_ring, v_ring, notes, q_here, q_free, here, free = rings
     QUERIES: gl.constexpr = ROWS // G
     BLOCK_M: gl.constexpr = QUERIES * _CONSUMERS
@@ -71,10 +80,9 @@ def _produce(
         else:
             i_b, block, begin, end = find_chunk(block, chunk_indptr_ptr, num_chunks, B, BLOCK_M, FLAT)
             first_query = block * BLOCK_M
-            plan = plan_ptr + (i_b * HKV + i_h) * 4
-            base, num_old, num_late = gl.load(plan), gl.load(plan + 1), gl.load(plan + 2)
-            first_key = begin + gl.maximum(first_query - WINDOW, 0)
-            num_packed = num_old + gl.load(kept_before_ptr + i_h.to(gl.int64) * tokens + first_key)
+            base, num_old, num_late, num_packed = load_plan(
+                plan_ptr, kept_before_ptr, i_b, i_h, begin, first_query, tokens, HKV, WINDOW
+            )
         band, _, packed, late, _, _, total = tiles_of(
             first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
         )
@@ -91,19 +99,15 @@ def _produce(
             for g in gl.static_range(G):
                 q_part = q_parts.index((slot * _CONSUMERS + part) * G + g)
                 load_tile(q_desc, [row, (i_h * G + g) * D], q_here.index(slot), q_part)
-        late_row = base + num_old + end - begin
+        rows = (base, base + num_old + end - begin, begin + start + band)
         for tile in range(0, total):
             stage = stage_of(n, STAGES)
             mbarrier.wait(free.index(stage), phase_of(n, STAGES) ^ 1)
             mbarrier.expect(here.index(stage), 4 * BLOCK_N * D)
-            if tile < late:
-                row = gl.where(tile < packed, base + tile * BLOCK_N, late_row + (tile - packed) * BLOCK_N)
-                load_tile(packed_k_desc, [row, 0], here.index(stage), k_ring.index(stage))
-                load_tile(packed_v_desc, [row, 0], here.index(stage), v_ring.index(stage))
-            else:
-                row = begin + start + band + (tile - late) * BLOCK_N
-                load_tile(k_desc, [row, i_h * D], here.index(stage), k_ring.index(stage))
-                load_tile(v_desc, [row, i_h * D], here.index(stage), v_ring.index(stage))
+            fetch_tile(
+                tile, packed, late, rows, descs, i_h * D, here.index(stage), here.index(stage), k_ring.index(stage),
+                v_ring.index(stage),
+            )  # fmt: skip
             n += 1
 
 
@@ -149,7 +153,7 @@ def _specialised_kernel(
             gl.store(p_out, gl.zeros([ROWS, D], DTYPE, WIDE), mask=m_r)
 
     q_parts = gl.allocate_shared_memory(DTYPE, [2 * _CONSUMERS * G, QUERIES, D], q_desc.layout)
-    q_rows = q_parts._reinterpret(DTYPE, [2 * _CONSUMERS, ROWS, D], SHARED)
+    q_rows = reinterpret(q_parts, DTYPE, [2 * _CONSUMERS, ROWS, D], SHARED)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
     notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -168,8 +172,8 @@ def _specialised_kernel(
     barrier()
     rings = (k_ring, v_ring, notes, q_here, q_free, here, free)
     consumed = (tokens, scale_log2, lists_ptr, until_ptr, out_ptr, q_rows)
-    fetched = (pid, num_programs, num_blocks, num_chunks, tokens, start, q_parts)
-    descs = (q_desc, packed_k_desc, packed_v_desc, k_desc, v_desc)
+    fetched = (pid, num_programs, num_blocks, num_chunks, tokens, start, q_desc, q_parts)
+    descs = (packed_k_desc, packed_v_desc, k_desc, v_desc)
     tables = (chunk_indptr_ptr, plan_ptr, kept_before_ptr)
     gl.warp_specialize(
         [
@@ -183,11 +187,10 @@ def _specialised_kernel(
     )
 
 
-def is_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def is_supported(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether shapes and strides fit, of what ``hopper_kernel`` supports."""
     _, num_heads, head_dim = q.shape
-    is_matrix = q.stride()[1:] == (head_dim, 1) and q.stride(0) % 8 == 0 and q.data_ptr() % 16 == 0
-    return is_matrix and q.dtype == k.dtype and has_specialised_warps(q.dtype, head_dim, num_heads // k.shape[1])
+    return q.dtype == k.dtype and has_specialised_warps(q.dtype, head_dim, num_heads // k.shape[1]) and is_matrix(q)
 
 
 def attend(
@@ -195,10 +198,7 @@ def attend(
     lists: torch.Tensor, kept_before: torch.Tensor, until: torch.Tensor, packed_k: torch.Tensor,
     packed_v: torch.Tensor, out: torch.Tensor, num_chunks: int, scale_log2: float, **shared: int,
 ) -> None:  # fmt: skip
-    """What ``_attend_kernel`` does, of inputs that ``is_supported``.
-
-    shared: B, HKV and WINDOW of it, and what ``dependent_launch`` gives.
-    """
+    """As that of ``hopper_kernel``."""
     given = (chunk_indptr, plan, lists, kept_before, until)
     keys_and_values = (packed_k, packed_v, k, v)
     _launch(given, q, keys_and_values, out, num_chunks, 0, scale_log2, _RING, DENSE=False, **shared)

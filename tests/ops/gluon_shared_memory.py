@@ -57,7 +57,7 @@ class _Tiles:
     def slice(self, start: int, length: int) -> _Tiles:
         return self._view(self._in_order().narrow(0, start, length))
 
-    def _reinterpret(self, dtype: Dtype, shape: list[int], layout: Any) -> _Tiles:
+    def reinterpret(self, dtype: Dtype, shape: list[int], layout: Any) -> _Tiles:
         """Rows cut otherwise into tiles, of whole eights: what is swizzled alike."""
         assert (dtype, shape[-1], layout) == (self.dtype, self.shape[-1], self.layout)
         assert shape[-2] % 8 == self.shape[-2] % 8 == 0, "a tile begins within eight rows"
@@ -229,6 +229,7 @@ class SharedMemory:
         return {
             "mbarrier": mbarrier, "fence_async_shared": lambda: self.partitions.running.fence(),
             "barrier": lambda: self.partitions.running.meet(), "load_tile": self._load, "warpgroup_mma": self._mma,
+            "reinterpret": _Tiles.reinterpret,
             "warpgroup_mma_init": lambda value: Product(value, [], is_done=True), "warpgroup_mma_wait": self._mma_wait,
         }  # fmt: skip
 

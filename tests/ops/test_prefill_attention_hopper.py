@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastdms.ops import prefill_append, prefill_attention
-from fastdms.ops.prefill_attention import hopper_blocks, hopper_kernel, specialised_consumer, specialised_kernel
+from fastdms.ops.prefill_attention import consumer_kernel, hopper_block_kernel, hopper_kernel, specialised_kernel
 from fastdms.ops.triton_common import on_hopper
 from tests.ops.gluon_emulator import emulate
 from tests.ops.harness import CPU, DEVICE, GuardedCache, make_cache, on
@@ -28,9 +28,9 @@ _HISTORY = [(0, 330), (1, 45)]  # (row, tokens) that the cache holds
 
 def _assembly() -> dict[str, Callable[..., Any]]:
     return {
-        specialised_consumer.KEEP.value: lambda x, low, high: torch.where(low <= high, x, -torch.inf),
-        specialised_consumer.CUT.value: lambda x, at, limit: torch.where(at < limit, x, torch.zeros_like(x)),
-        specialised_consumer.RESCALE.value: lambda x, by: x * by, specialised_consumer.LEAVE.value: lambda: None,
+        consumer_kernel.KEEP.value: lambda x, low, high: torch.where(low <= high, x, -torch.inf),
+        consumer_kernel.CUT.value: lambda x, at, limit: torch.where(at < limit, x, torch.zeros_like(x)),
+        consumer_kernel.RESCALE.value: lambda x, by: x * by, consumer_kernel.LEAVE.value: lambda: None,
     }  # fmt: skip
 
 
@@ -42,8 +42,8 @@ def emulated() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == CPU:
             patch.setattr(kernel, "on_hopper", lambda _: True)
-            emulate(patch, hopper_kernel, "_attend_hopper_kernel", {}, hopper_blocks)
-            helpers = (specialised_consumer, hopper_blocks)
+            emulate(patch, hopper_kernel, "_attend_hopper_kernel", {}, hopper_block_kernel)
+            helpers = (consumer_kernel, hopper_block_kernel)
             emulate(patch, specialised_kernel, "_specialised_kernel", _assembly(), *helpers)
         yield patch
 
@@ -90,18 +90,23 @@ def _cache(heads: tuple[int, int, int], window: int, flagged: float, dtype: torc
     return cache
 
 
-def _attend(backend: str, cache: GuardedCache, chunk: dict[str, torch.Tensor]) -> torch.Tensor:
+def _attend(
+    backend: str, cache: GuardedCache, chunk: dict[str, torch.Tensor], sm_scale: float | None = None
+) -> torch.Tensor:
+    """sm_scale: 1 / sqrt(D) if None."""
     with on(backend) as device:
         placed: dict[str, Any] = {name: x.to(device) for name, x in chunk.items()}
         layer = cache.copy_to(device).layer(0)
-        return prefill_attention(cache=layer, **placed, shift=1, sm_scale=chunk["q"].shape[2] ** -0.5).cpu()
+        scale = chunk["q"].shape[2] ** -0.5 if sm_scale is None else sm_scale
+        return prefill_attention(cache=layer, **placed, shift=1, sm_scale=scale).cpu()
 
 
-def _check(cache: GuardedCache, chunk: dict[str, torch.Tensor]) -> None:
+def _check(cache: GuardedCache, chunk: dict[str, torch.Tensor], sm_scale: float | None = None) -> None:
     exact = chunk | {name: chunk[name].float() for name in "qkv"}
     assert_within_error_budget(
-        _attend("kernel", cache, chunk), _attend("reference", cache, chunk), _attend("reference", cache, exact).double()
-    )
+        _attend("kernel", cache, chunk, sm_scale), _attend("reference", cache, chunk, sm_scale),
+        _attend("reference", cache, exact, sm_scale).double(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,49 @@ def test_any_chunks(data: st.DataObject) -> None:
     )
     window = data.draw(st.integers(0, 70) | st.sampled_from([127, 128, 129, 191, 192, 256]), "window")
     _check(_cache(heads, window, flagged, torch.float16), chunk)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("group", [3, 4])
+@pytest.mark.parametrize("sm_scale", [-0.5, 0.0, 1e-42, 0.5, 2.0, 4.0])
+def test_scores_that_outgrow_those_before_them(sm_scale: float, group: int) -> None:
+    """By a little at times, so that the maximum stays behind, and by much at others."""
+    heads = (1, group, 64)
+    chunk = _chunk([(0, 140), (1, 60)], heads, 0.3, torch.float16)
+    chunk["k"] *= torch.linspace(0.1, 4.0, 200)[:, None, None].half()
+    _check(_cache(heads, 70, 0.3, torch.float16), chunk, sm_scale)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("group", [3, 4])
+def test_padding_of_many_rows(group: int) -> None:
+    """More rows of zeros than all programs write at once, into memory that is NaN."""
+    heads = (2, group, 64)
+    chunk = _chunk([(0, 3)], heads, 0.5, torch.float16, padding=150)
+    out = _attend("kernel", _cache(heads, 30, 0.5, torch.float16), chunk)
+    assert out[:3].isfinite().all()
+    assert not out[3:].any()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("group", [3, 4])
+def test_rows_in_turns(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_WORKSPACE_BYTES", 1)
+    heads = (2, group, 64)
+    chunk = _chunk([(1, 50), (2, 0), (0, 70)], heads, 0.5, torch.float16, padding=9)
+    _check(_cache(heads, 30, 0.5, torch.float16), chunk)
+
+
+@pytest.mark.skipif(DEVICE != CPU, reason="a card has as many multiprocessors as it has")
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("processors", [1, 2, 5, 500])
+@pytest.mark.parametrize("stages", [2, 8])
+def test_few_programs_and_many(processors: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which none, some or all have blocks."""
+    monkeypatch.setattr(specialised_kernel, "_num_processors", lambda _: processors)
+    monkeypatch.setattr(specialised_kernel, "_RING", specialised_kernel.Ring(keys=64, stages=stages))
+    heads = (2, 4, 64)
+    _check(_cache(heads, 30, 0.5, torch.float16), _chunk([(0, 200), (1, 9)], heads, 0.5, torch.float16))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -254,7 +302,7 @@ def _release_one(real: Callable[..., None]) -> Callable[..., None]:
 def test_faults_show_without_a_gpu(
     group: int, name: str, fault: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads, module = (1, group, 64), specialised_consumer if group == 4 else hopper_kernel
+    heads, module = (1, group, 64), consumer_kernel if group == 4 else hopper_kernel
     monkeypatch.setattr(specialised_kernel, "_RING", specialised_kernel.Ring(keys=64, stages=4))
     cache, chunk = _cache(heads, 30, 0.0, torch.float16), _chunk([(0, 9)], heads, 0.0, torch.float16)
     monkeypatch.setattr(module, name, fault(getattr(module, name)))
@@ -280,6 +328,12 @@ def test_what_specialised_warps_take(
     """Queries that TMA can read, of groups whose queries come in whole rows of eight."""
     k = torch.empty(5, heads[1], head_dim, dtype=torch.bfloat16 if dtype == torch.float32 else dtype)
     q = torch.empty(5 * stride, dtype=dtype).as_strided((5, heads[0], head_dim), (stride, head_dim, 1))
-    assert specialised_kernel.is_supported(q, k, k) == supported
-    across = q.transpose(0, 1).contiguous().transpose(0, 1)
-    assert not specialised_kernel.is_supported(across, k, k)
+    assert specialised_kernel.is_supported(q, k) == supported
+    for other in (q.transpose(0, 1).contiguous().transpose(0, 1), q[:1].expand(q.shape), _moved(q)):
+        assert not specialised_kernel.is_supported(other, k)
+
+
+def _moved(x: torch.Tensor) -> torch.Tensor:
+    """The same, but beginning within 16 bytes."""
+    memory = x.new_empty(x.untyped_storage().nbytes() // x.element_size() + 1)
+    return memory.as_strided(x.shape, x.stride(), 1)

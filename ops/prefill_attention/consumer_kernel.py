@@ -14,28 +14,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastdms.ops.gluon_common import barrier
-from fastdms.ops.prefill_attention.hopper_blocks import FOREVER, load_until, tiles_of
+from fastdms.ops.prefill_attention.hopper_block_kernel import FOREVER, keys_of, lasts_of, load_until, tiles_of
 
-NOTES = gl.constexpr(8)  # numbers about a block, from the fetching warp; first the last of them, how many blocks
+NOTES = gl.constexpr(8)  # numbers about a block, from the fetching warp; the last of the first: how many blocks
 ROWS = gl.constexpr(64)  # of each consumer
 _WARPS = gl.constexpr(4)
-# By how much a row's scores may outgrow its maximum before that follows: weights up to 2^8 are as exact as others.
+# By how much a row's scores may outgrow its maximum before that follows: weights up to 2^8 are as exact as others. That
+# of the maximum itself is rounded then, too.
 _SLACK = gl.constexpr(8.0)
 
 # Gives registers back and ends these warps. A worker that returned would go through Triton's dispatch loop, and ptxas,
 # which sees registers given back and taken in a loop, would have each product waited for as soon as it is started.
 LEAVE = gl.constexpr("setmaxnreg.dec.sync.aligned.u32 24; exit; // $0")
-# $0 to $31 are a thread's sums, of two rows, $64 and $66 what each shrinks by; nothing is multiplied if no row of the
-# warp does.
+# $0 to $31 are a thread's sums, of two rows, before and after; $64 and $66 what each row's shrink by. Nothing is
+# multiplied if no row of the warp does.
 RESCALE = gl.constexpr(
-    "{.reg .pred p, q; "
-    + " ".join(f"mov.b32 ${i}, ${i + 32};" for i in range(32))
-    + " setp.neu.f32 p, $64, 0f3F800000; setp.neu.f32 q, $66, 0f3F800000; or.pred p, p, q;"
+    "{.reg .pred p, q; setp.neu.f32 p, $64, 0f3F800000; setp.neu.f32 q, $66, 0f3F800000; or.pred p, p, q;"
     + " vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE; "
     + " ".join(f"mul.f32 ${i}, ${i}, ${i + 64};" for i in range(32))
     + " DONE: }"
 )
-_RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + ["f"] * 64))
+_RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
 # A score where low <= high, else -inf: one by one, or the compiler keeps all comparisons before it uses any.
 KEEP = gl.constexpr("{.reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}")
 # Two neighbours of a row before a limit, else 0.
@@ -133,6 +132,8 @@ def consume(
 ):  # fmt: skip
     """The ``part``-th of the consumers: its rows of each of the program's blocks, ordered by heads of the group.
 
+    q_rows: ``[2 * CONSUMERS, ROWS, D]``, for two blocks; k_ring, v_ring: ``[STAGES, BLOCK_N, D]``.
+
     While a tile's weights are computed, the tensor cores have the values of the tile before, and behind a block's last
     tile the keys of the next block's first.
     """
@@ -142,6 +143,7 @@ def consume(
     BLOCK_M: gl.constexpr = QUERIES * CONSUMERS
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
+    gl.static_assert(D == 64)  # of which a thread has the 32 sums that are rescaled at once
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, D, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, X)
@@ -175,9 +177,9 @@ def consume(
             b_until = o_n
         else:
             whole = num_packed // BLOCK_N
-            p_late = lists_ptr + (i_b * HKV + i_h).to(gl.int64) * (5 * (WINDOW + 1)) + (WINDOW + 1)
-            p_until = until_ptr + i_h.to(gl.int64) * tokens + begin
-            lasts = (packed, late, flagged, num_late, band, stop, p_late, p_until)
+            lasts = lasts_of(
+                lists_ptr, until_ptr, i_b, i_h, begin, tokens, packed, late, flagged, num_late, band, stop, HKV, WINDOW
+            )  # fmt: skip
             b_until = load_until(whole, lasts, o_n)
 
         b_max = gl.full([ROWS], -1.0e30, gl.float32, gl.SliceLayout(1, X))
@@ -203,9 +205,7 @@ def consume(
             mbarrier.wait(q_here.index(next_slot), ((i + 1) >> 1) & 1, pred=is_last & has_next)
             if not DENSE:
                 b_ahead = load_until(tile + 1, lasts, o_n)
-            # The tile's first key, counted among those of its kind, and how many of them there are from it on.
-            first = (tile - gl.where(tile < packed, 0, gl.where(tile < late, packed, late))) * BLOCK_N
-            num_keys = gl.where(tile < packed, num_packed, gl.where(tile < late, num_late, end - begin - band)) - first
+            first, num_keys = keys_of(tile, packed, late, num_packed, num_late, end - begin - band, BLOCK_N)
             if tile < flagged:
                 b_last = b_until
                 if tile < packed:
