@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -78,6 +79,18 @@ class FirstTokens:
         _go_on(StepBuffers(*(tensor[begin:] for tensor in inputs)), self.tokens, self.ends)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, no garbage is looked for: compilers make and import so much that a start would spend a tenth on it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class HistoryError(ValueError):
     """There is no memory for the keys and values of a prompt that is to be prefilled densely."""
 
@@ -143,7 +156,7 @@ class ModelRunner:
             inputs.slots.copy_((inputs.slots + 1) % RING_SLOTS)
             return tokens, logits
 
-        with inference(self.device):
+        with inference(self.device), uncollected():
             self.graphs = GraphCache(
                 step, mode=mode, buckets=decode_buckets(max_concurrency), device=self.device,
                 model=_fingerprint(decoder, cache), kv_dtype=str(cache.config.kv_dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 import fastdms
+from fastdms.graphs import GraphCache
 from fastdms.sampling_params import SamplingParams
 from fastdms.tokenizer import encode_chat
 from tests.models import VOCAB_SIZE, dms_config, save_checkpoint, tiny_tokens
@@ -350,3 +352,27 @@ def test_the_callers_torch_settings_do_not_matter(weights, making: str, using: s
             assert done.token_ids == expected.token_ids
             assert_logits_close(scored, logits)
         assert one(model(ids, params)).token_ids == done.token_ids
+
+
+@pytest.mark.parametrize("is_enabled", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_looked_for_after_a_start_as_before_it(
+    fails: bool, is_enabled: bool, weights: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def warm_up(self: GraphCache) -> None:
+        seen.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("no room")
+
+    monkeypatch.setattr(GraphCache, "warm_up", warm_up)
+    was_enabled = gc.isenabled()
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="no room") if fails else nullcontext():
+            compiled(weights).close()
+        assert gc.isenabled() == is_enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+    assert seen == [False]
