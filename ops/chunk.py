@@ -6,7 +6,7 @@ import torch
 
 from fastdms.ops.span_cache import SpanCache, check, check_heads, check_ints
 
-__all__ = ["check_chunk", "has_specialised_warps", "token_flags", "window_flags"]
+__all__ = ["check_chunk", "has_specialised_warps", "positive_scale", "token_flags", "window_flags"]
 
 
 def check_chunk(
@@ -30,6 +30,13 @@ def check_chunk(
 def has_specialised_warps(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether prefill's loop of specialised warps on Hopper takes such heads: their queries come in eights of rows."""
     return dtype in (torch.float16, torch.bfloat16) and head_dim == 64 and group in (1, 2, 4, 8)
+
+
+def positive_scale(q: torch.Tensor, sm_scale: float) -> tuple[torch.Tensor, float]:
+    """Queries and a normal positive scale of the same scores, for kernels that take maxima before they scale."""
+    if abs(sm_scale) < torch.finfo(torch.float32).tiny:
+        return torch.zeros_like(q), 1.0
+    return (-q, -sm_scale) if sm_scale < 0 else (q, sm_scale)
 
 
 def token_flags(decisions: torch.Tensor, shift: int) -> torch.Tensor:

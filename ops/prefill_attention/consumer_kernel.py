@@ -173,7 +173,7 @@ def consume(
             first_query, end - begin, num_packed, num_late, WINDOW, BLOCK_M, BLOCK_N
         )
         if DENSE:
-            whole = clear
+            whole = gl.minimum(clear, total - 1)  # the block's last tile is for the loop that goes on to the next block
             b_until = o_n
         else:
             whole = num_packed // BLOCK_N

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdms.ops.chunk import positive_scale
 from fastdms.ops.prefill_attention.attend_kernel import _attend_kernel
 from fastdms.ops.prefill_attention.pack_kernel import _pack_kernel, _plan_kernel
 from fastdms.ops.triton_common import LOG2_E, dependent_launch, dot_dtype, element_strides, on_hopper
@@ -71,10 +72,7 @@ def prefill_attention(
     if tokens == 0 or num_chunks == 0:
         return q.new_zeros(q.shape)
     out = q.new_empty(q.shape)
-    if abs(sm_scale) < torch.finfo(torch.float32).tiny:  # the kernel masks and takes maxima before it scales
-        q, sm_scale = torch.zeros_like(q), 1.0
-    elif sm_scale < 0:
-        q, sm_scale = -q, -sm_scale
+    q, sm_scale = positive_scale(q, sm_scale)
     dtype = torch.float32 if dot_dtype(q.dtype, k_pages.dtype) == tl.float32 else q.dtype
     k, v, flags = k.to(dtype), v.to(dtype), decisions.contiguous().view(torch.int8)
     # The lengths are the device's to know, so make room for the longest: as many rows of the cache at a time as fit.

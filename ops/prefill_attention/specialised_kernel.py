@@ -207,8 +207,7 @@ def attend(
 def attend_densely(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, out: torch.Tensor, scale_log2: float
 ) -> None:
-    """Causal attention of the chunk ``q [T, Hq, D]`` to all keys ``[start + T, Hkv, D]``; q as ``is_supported`` has it,
-    k and v contiguous."""
+    """Causal attention of the chunk ``q [T, Hq, D]`` to all keys ``[start + T, Hkv, D]``; each ``is_matrix``."""
     shared = {"B": 1, "HKV": k.shape[1], "WINDOW": 2**30, "DEPENDENT": False}
     _launch((None,) * 5, q, (k, v, k, v), out, 1, start, scale_log2, _WIDE_RING, DENSE=True, **shared)
 

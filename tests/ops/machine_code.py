@@ -18,11 +18,14 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _PRODUCT = re.compile(r"HGMMA\S* R(\d+), R(\d+), gdesc")  # sums, and the left operand where it is in registers
 _ALL_DONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-_WITHOUT_RESULT = ("ST", "RED", "BAR", "BRA", "HGMMA", "WARPGROUP", "SYNCS", "UTMA", "EXIT", "R2UR", "ISETP", "FSETP")
+_ENDS = re.compile(r"EXIT\b|BRA\S* `")  # whatever holds; a branch under a condition names it before its label
+_WITHOUT_RESULT = (
+    "ST", "RED.", "BAR", "BRA", "HGMMA", "WARPGROUP", "WARPSYNC", "SYNCS", "UTMA", "EXIT", "R2UR", "ISETP", "FSETP",
+)  # fmt: skip
 
 
 def overwritten_operands(code: str) -> list[str]:
-    """Instructions that write to a register which a product under way may still read: behind the last of a group of
+    """Instructions that write to a register which a product under way may still read: behind one of a group of
     products, before all are waited for."""
     instructions, labels = list[str](), dict[str, int]()
     for line in code.splitlines():
@@ -30,18 +33,16 @@ def overwritten_operands(code: str) -> list[str]:
             labels[label[1]] = len(instructions)
         elif instruction := _INSTRUCTION.match(line):
             instructions.append(instruction[1])
-    found = []
-    for at, last in enumerate(instructions):
-        product = _PRODUCT.search(last)
-        if product and "gsb0" in last:
-            group = [other for text in instructions[max(0, at - 40) : at + 1] if (other := _PRODUCT.search(text))]
-            first = [int(other[2]) for other in group if other[1] == product[1]]
-            operands = {register + i for register in first for i in range(4)}
-            found += [text for text in _until_done(instructions, labels, at + 1) if operands & set(_written(text))]
-    return found
+    found = set[int]()
+    for at, text in enumerate(instructions):
+        if product := _PRODUCT.search(text):
+            operands = set(range(int(product[2]), int(product[2]) + 4))
+            behind = _until_done(instructions, labels, at + 1)
+            found |= {other for other in behind if operands & set(_written(instructions[other]))}
+    return [instructions[at] for at in sorted(found)]
 
 
-def _until_done(instructions: list[str], labels: dict[str, int], begin: int) -> list[str]:
+def _until_done(instructions: list[str], labels: dict[str, int], begin: int) -> set[int]:
     """What may run from there on until all products are done."""
     seen, left = set[int](), [begin]
     while left:
@@ -53,9 +54,9 @@ def _until_done(instructions: list[str], labels: dict[str, int], begin: int) -> 
         branch = re.search(r"BRA.*(\.L_x_\d+)", text)
         if branch:
             left.append(labels[branch[1]])
-        if not re.match(r"(BRA|EXIT)", text):
+        if not _ENDS.match(text):
             left.append(at + 1)
-    return [instructions[at] for at in seen]
+    return seen
 
 
 def _written(text: str) -> range:
@@ -128,4 +129,4 @@ def disassemble(folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, text in disassemble(Path(sys.argv[1])).items():
-        print(name, text.count("HGMMA"), *overwritten_operands(text), sep="\t")
+        print(name, text.count("DEPBAR.LE gsb0, 0x1"), *overwritten_operands(text), sep="\t")

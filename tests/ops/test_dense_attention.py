@@ -13,6 +13,7 @@ from fastdms.ops.dense_attention.choice import choose_kernel, installed_kernels
 from tests.ops.definition import attend
 from tests.ops.harness import (
     BACKENDS,
+    CPU,
     DEVICE,
     HEAD_SHAPES,
     KERNEL_DTYPES,
@@ -20,7 +21,7 @@ from tests.ops.harness import (
     on,
     split_heads,
 )
-from tests.ops.test_prefill_attention_hopper import emulated
+from tests.ops.prefill_emulator import emulated
 from tests.tolerance import assert_within_error_budget
 
 _SCALE = 0.2
@@ -224,7 +225,9 @@ def test_every_kernel_to_be_had(
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
-@pytest.mark.parametrize("chunks", [[1], [48, 1], [130, 70], [64, 0, 128, 9]], ids=str)
+@pytest.mark.parametrize(
+    "chunks", [[1], [48, 1], [130, 70], [64, 0, 128, 9], [127, 1], [79, 49], [31, 97], [255, 1]], ids=str
+)
 def test_specialised_warps(
     chunks: list[int], group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -233,6 +236,41 @@ def test_specialised_warps(
     fused = torch.randn(sum(chunks), 2 * (group + 2), 64).to(dtype)
     with emulated():
         _compare(fused, 2, chunks)
+
+
+@pytest.mark.skipif(DEVICE != CPU, reason="a card has as many multiprocessors as it has")
+@pytest.mark.parametrize("processors", [1, 2, 5])
+@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("chunks", [[31, 97], [127, 1], [200, 56]], ids=str)
+def test_specialised_warps_on_few_programs(
+    chunks: list[int], group: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each goes through several blocks, the last of which may end with a tile that every query sees."""
+    monkeypatch.setattr(_module("kernel"), "dense_kernel", lambda *_: "gluon")
+    specialised = importlib.import_module("fastdms.ops.prefill_attention.specialised_kernel")
+    monkeypatch.setattr(specialised, "_num_processors", lambda _: processors)
+    with emulated():
+        _compare(torch.randn(sum(chunks), 2 * (group + 2), 64).half(), 2, chunks)
+
+
+def _unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same, contiguous but beginning within 16 bytes."""
+    moved = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+    return moved.copy_(x)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "odd rows"])
+def test_specialised_warps_take_what_lies_anywhere(which: str) -> None:
+    q, k, v = torch.randn(3, 70, 2, 64, device=DEVICE).half()
+    given = {"q": q, "k": k, "v": v}
+    if which == "odd rows":
+        given["q"] = q[:1].new_empty(130)[:128].as_strided((1, 2, 64), (129, 64, 1)).copy_(q[69:])
+    else:
+        given[which] = _unaligned(given[which])
+    with emulated():
+        first = 70 - len(given["q"])
+        out = _module("hopper").gluon(*given.values(), first, _SCALE)
+        assert torch.equal(out, _module("hopper").gluon(q[first:].contiguous(), k, v, first, _SCALE))
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-42])
