@@ -81,7 +81,7 @@ class FirstTokens:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Inside, no garbage is looked for: compilers make and import so much that a start would spend a tenth on it."""
+    """Inside, no garbage is looked for: compilers make and import much, and leave hardly any."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastdms.ops.gluon_common import add, load_tile
 from fastdms.ops.prefill_attention.pack_kernel import FOREVER
@@ -13,6 +14,7 @@ from fastdms.ops.prefill_attention.pack_kernel import FOREVER
 __all__ = [
     "FOREVER",
     "blocks_of",
+    "described",
     "fetch_tile",
     "find_chunk",
     "is_matrix",
@@ -125,3 +127,9 @@ def is_matrix(x: torch.Tensor) -> bool:
     _, heads, head_dim = x.shape
     is_row = x.stride(2) == 1 and (heads == 1 or x.stride(1) == head_dim) and x.stride(0) >= heads * head_dim
     return is_row and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def described(x: torch.Tensor, rows: int, head_dim: int) -> TensorDescriptor:
+    """``[T, heads, D]`` that ``is_matrix``, or packed ``[T, D]``, for copies of ``rows`` tokens of one head."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, [x.shape[0], x.shape[1:].numel()], [x.stride(0), 1], [rows, head_dim], layout)

@@ -16,12 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from fastdms.ops.gluon_common import barrier, registers
 from fastdms.ops.prefill_attention.hopper_block_kernel import (
     FOREVER,
+    described,
     fetch_tile,
     find_chunk,
     is_matrix,
@@ -277,15 +277,10 @@ def attend(
     num_kv_heads = k.shape[1]
     group, tile = num_heads // num_kv_heads, hopper_tile(head_dim)
     block_m = tile.rows // group
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    shapes = (packed_k.shape, packed_v.shape, *[(tokens, num_kv_heads * head_dim)] * 2)
-    described = [
-        TensorDescriptor(x, list(shape), [x.stride(0), 1], [tile.keys, head_dim], layout)
-        for x, shape in zip((packed_k, packed_v, k, v), shapes, strict=True)
-    ]
     _attend_hopper_kernel[(triton.cdiv(tokens, block_m) + num_chunks, num_kv_heads)](
-        q, chunk_indptr, plan, lists, kept_before, until, *described, out, *q.stride()[:2], num_chunks, tokens,
-        scale_log2, G=group, D=head_dim, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys,
+        q, chunk_indptr, plan, lists, kept_before, until,
+        *(described(x, tile.keys, head_dim) for x in (packed_k, packed_v, k, v)), out, *q.stride()[:2], num_chunks,
+        tokens, scale_log2, G=group, D=head_dim, BLOCK_M=block_m, BLOCK_R=tile.rows, BLOCK_N=tile.keys,
         STAGES=tile.stages, num_warps=tile.num_warps, **shared,
         maxnreg=registers(tile.num_warps, tile.programs),
     )  # fmt: skip

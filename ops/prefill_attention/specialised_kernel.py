@@ -15,7 +15,6 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from fastdms.ops.chunk import has_specialised_warps
@@ -23,6 +22,7 @@ from fastdms.ops.gluon_common import barrier, load_tile, reinterpret
 from fastdms.ops.prefill_attention.consumer_kernel import NOTES, ROWS, consume, note, phase_of, stage_of
 from fastdms.ops.prefill_attention.hopper_block_kernel import (
     blocks_of,
+    described,
     fetch_tile,
     find_chunk,
     is_matrix,
@@ -219,15 +219,11 @@ def _launch(
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = constants["HKV"]
     queries = ROWS.value // (num_heads // num_kv_heads)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-    def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
-        return TensorDescriptor(x, [x.shape[0], x[0].numel()], [x.stride(0), 1], [rows, head_dim], layout)
-
     most = (triton.cdiv(tokens, queries * _CONSUMERS.value) + num_chunks) * num_kv_heads
     _specialised_kernel[(min(_num_processors(q.device), most),)](
-        *given, described(q, queries), *(described(x, ring.keys) for x in keys_and_values), out, num_chunks, tokens,
-        start, scale_log2, G=num_heads // num_kv_heads, STAGES=ring.stages, num_warps=4, **constants,
+        *given, described(q, queries, head_dim), *(described(x, ring.keys, head_dim) for x in keys_and_values), out,
+        num_chunks, tokens, start, scale_log2, G=num_heads // num_kv_heads, STAGES=ring.stages, num_warps=4,
+        **constants,
     )  # fmt: skip
 
 
